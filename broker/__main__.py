@@ -1,0 +1,51 @@
+"""`python -m penstock.broker`: one broker in the foreground."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from penstock.broker.address import Address, AddressError
+from penstock.broker.config import BrokerConfig
+from penstock.broker.server import AlreadyRunning, Server
+from penstock.broker.settings import SettingsError, load
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="penstock broker",
+        description="The queue between clients and GPU workers. Listens on ipc by default; Ctrl-C lets open tasks finish.",
+        epilog="Every setting of [broker] in penstock.toml can be given as PENSTOCK_BROKER_<NAME>. "
+        "Exit status: 0 stopped, 2 wrong settings, 3 the address is taken.",
+    )
+    p.add_argument("--url", help="ipc:///folder, or tcp://127.0.0.1:port (workers at port + 1)")
+    p.add_argument("--config", type=Path, metavar="FILE", help="a penstock.toml (default: ./penstock.toml if it is there)")
+    p.add_argument("--max-queue-rows", type=int, metavar="N", help="open tasks of all clients (default 100000)")
+    p.add_argument("--max-queue-bytes", type=int, metavar="N", help="their payload (default 1 GiB)")
+    p.add_argument("--window-rows", type=int, metavar="N", help="open tasks of one client (default 4096)")
+    p.add_argument("--worker-grace-s", type=float, metavar="S", help="how long an unknown kernel may turn up (default 30)")
+    p.add_argument("--drain-s", type=float, metavar="S", help="how long open tasks may finish at the end (default 30)")
+    p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = vars(parser().parse_args(argv))
+    logging.basicConfig(level=args.pop("log_level").upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    file = args.pop("config")
+    try:
+        config = load(BrokerConfig, "broker", file=file, overrides=args)
+        server = Server(config, Address.find(config.url) if config.url else Address.default())
+        server.open()
+    except (SettingsError, AddressError, ValueError) as e:
+        print(f"penstock broker: {e}", file=sys.stderr)
+        return 2
+    except AlreadyRunning as e:
+        print(f"penstock broker: {e}", file=sys.stderr)
+        return 3
+    server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""How rows of tensors and blobs lie in frames: the `Column` and the `Block`.
+
+Knows byte layout only: descriptors, strides, slicing, joining. Does not know messages, tasks, numpy or torch.
+
+A block holds `num_rows` rows of some columns. Column by column, all rows of the *packed* columns lie one after the other
+in the first frame; a *framed* column (rows of 64 KiB and more) has one frame per row after it. A row is either of fixed
+shape (`lengths` is None) or *ragged*: its dimension 0 is in the lengths column and `shape` holds the others. Text and
+bytes are ragged columns of one-byte items.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import msgpack
+import zmq
+
+ITEM_BYTES = {
+    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+    "str": 1, "bytes": 1,
+}  # fmt: skip
+BLOBS = frozenset(("str", "bytes"))
+FRAMED_ROW_BYTES = 64 * 1024
+MAX_COLUMNS = 64
+MAX_RANK = 8
+MAX_NAME = 64
+MAX_LAYOUT_BYTES = 8192
+MAX_INTERNED = 4096
+
+Buffer = bytes | bytearray | memoryview | zmq.Frame
+Lengths = Sequence[int] | None
+
+
+class LayoutError(ValueError):
+    """The descriptors and the frames of a block do not fit together."""
+
+
+def view(frame: Buffer) -> Any:
+    """The frame's bytes as something that can be sliced without a copy and has a len()."""
+    return frame.buffer if isinstance(frame, zmq.Frame) else memoryview(frame)
+
+
+def frame_bytes(frame: Buffer) -> int:
+    return len(frame) if not isinstance(frame, memoryview) else frame.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One input or output of every row. `shape` is a row's shape, without dimension 0 when it is ragged."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] = ()
+    is_ragged: bool = False
+    is_framed: bool = False
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a row, or of one step of dimension 0 when it is ragged."""
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+
+class Layout:
+    """The columns of a block, interned: equal columns are the same object, and what follows from them is worked out once.
+
+    `packed` is the wire's form, msgpack of [[name, dtype, shape, is_ragged, is_framed], ...].
+    """
+
+    __slots__ = ("columns", "has_packed", "is_plain", "item_bytes", "no_lengths", "num_framed", "packed")
+
+    def __init__(self, columns: tuple[Column, ...]) -> None:
+        self.columns = columns
+        self.item_bytes = tuple(c.item_bytes for c in columns)
+        self.num_framed = sum(c.is_framed for c in columns)
+        self.has_packed = self.num_framed < len(columns)
+        self.no_lengths = (None,) * len(columns)
+        self.is_plain = len(columns) == 1 and not columns[0].is_framed and not columns[0].is_ragged
+        """One packed column of fixed shape: the case that is worth a short cut."""
+        described = [[c.name, c.dtype, c.shape, c.is_ragged, c.is_framed] for c in columns]
+        self.packed: bytes = msgpack.packb(described)
+
+    @classmethod
+    def of(cls, columns: tuple[Column, ...]) -> "Layout":
+        found = _BY_COLUMNS.get(columns)
+        return found if found is not None else _intern(cls(columns))
+
+    @classmethod
+    def parse(cls, packed: Any) -> "Layout":
+        """The layout behind the wire's form.
+
+        Raises:
+            LayoutError: it is none.
+        """
+        found = _BY_BYTES.get(packed) if type(packed) is bytes else None
+        if found is not None:
+            return found
+        made = cls.of(tuple(_parse_columns(packed)))
+        _BY_BYTES[packed] = made  # a peer may pack the same columns in other bytes
+        return made
+
+
+_BY_COLUMNS: dict[tuple[Column, ...], Layout] = {}
+_BY_BYTES: dict[bytes, Layout] = {}
+
+
+def _intern(layout: Layout) -> Layout:
+    if len(_BY_BYTES) >= MAX_INTERNED:  # equality of layouts does not hang on identity, only speed does
+        _BY_COLUMNS.clear()
+        _BY_BYTES.clear()
+    _BY_COLUMNS[layout.columns] = _BY_BYTES[layout.packed] = layout
+    return layout
+
+
+class Block:
+    """Rows in frames. Immutable; slicing is `gather`.
+
+    Args:
+        num_rows: rows held, >= 0.
+        columns: the descriptors, or their layout.
+        lengths: per column, each row's dimension 0 when it is ragged, else None.
+        frames: the packed frame when any column is packed, then the framed columns' rows.
+    """
+
+    __slots__ = ("_offsets", "frames", "layout", "lengths", "num_rows")
+
+    def __init__(
+        self, num_rows: int, columns: tuple[Column, ...] | Layout, lengths: Sequence[Lengths], frames: Sequence[Buffer]
+    ) -> None:
+        self.num_rows = num_rows
+        self.layout = columns if isinstance(columns, Layout) else Layout.of(columns)
+        self.lengths = lengths
+        self.frames = frames
+        self._offsets: list[Sequence[int] | None] | None = None
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.layout.columns
+
+    @property
+    def nbytes(self) -> int:
+        if self.layout.is_plain:
+            return self.num_rows * self.layout.item_bytes[0]
+        return sum(map(frame_bytes, self.frames))
+
+    def column_bytes(self, index: int) -> int:
+        lengths, item = self.lengths[index], self.layout.item_bytes[index]
+        return item * (self.num_rows if lengths is None else sum(lengths))
+
+    def row_bytes(self, index: int, row: int) -> int:
+        lengths, item = self.lengths[index], self.layout.item_bytes[index]
+        return item if lengths is None else item * lengths[row]
+
+    def frame_index(self, index: int, row: int) -> int:
+        """Where the frame of a framed column's row stands in `frames`."""
+        return self.layout.has_packed + sum(c.is_framed for c in self.columns[:index]) * self.num_rows + row
+
+    def packed_range(self, index: int, start: int, stop: int) -> tuple[int, int]:
+        """Byte range of rows [start, stop) of a packed column within the packed frame."""
+        if self._offsets is None:
+            self._offsets = self._layout()
+        offsets = self._offsets[index]
+        assert offsets is not None
+        if self.lengths[index] is None:
+            item = self.layout.item_bytes[index]
+            return offsets[0] + start * item, offsets[0] + stop * item
+        return offsets[start], offsets[stop]
+
+    def _layout(self) -> list[Sequence[int] | None]:
+        base, layout = 0, list[Sequence[int] | None]()
+        for i, column in enumerate(self.columns):
+            if column.is_framed:
+                layout.append(None)
+                continue
+            lengths, item = self.lengths[i], self.layout.item_bytes[i]
+            if lengths is None:
+                layout.append((base,))
+            else:
+                layout.append(list(accumulate((n * item for n in lengths), initial=base)))
+            base += self.column_bytes(i)
+        return layout
+
+    def column(self, index: int, start: int, stop: int) -> Any:
+        """Bytes of rows [start, stop) of a packed column, as a view."""
+        a, b = self.packed_range(index, start, stop)
+        return view(self.frames[0])[a:b]
+
+    def row(self, index: int, row: int) -> Any:
+        """Bytes of one row of any column, as a view."""
+        if self.columns[index].is_framed:
+            return view(self.frames[self.frame_index(index, row)])
+        return self.column(index, row, row + 1)
+
+    def describe(self) -> list[Any]:
+        """The header's form: [num_rows, layout], and the lengths (nil or one count per row) of each column if any has them."""
+        layout = self.layout
+        if layout.is_plain or all(n is None for n in self.lengths):
+            return [self.num_rows, layout.packed]
+        return [self.num_rows, layout.packed, self.lengths]
+
+    @property
+    def num_frames(self) -> int:
+        return self.layout.num_framed * self.num_rows + self.layout.has_packed
+
+    @classmethod
+    def parse(cls, described: Any, frames: Sequence[Buffer], max_rows: int) -> "Block":
+        """The inverse of `describe`: takes the block's frames off the front of `frames`.
+
+        Raises:
+            LayoutError: whatever does not fit, down to the last byte.
+        """
+        if not (type(described) is list and 2 <= len(described) <= 3):
+            raise LayoutError("a block is [rows, layout] or [rows, layout, lengths]")
+        num_rows = described[0]
+        if type(num_rows) is not int or not 0 <= num_rows <= max_rows:
+            raise LayoutError(f"rows must be 0 to {max_rows}")
+        layout = Layout.parse(described[1])
+        lengths = _parse_lengths(described[2], layout, num_rows) if len(described) == 3 else layout.no_lengths
+        block = cls(num_rows, layout, lengths, ())
+        num_frames = block.num_frames
+        if num_frames > len(frames):
+            raise LayoutError(f"{num_frames} payload frames expected, {len(frames)} came")
+        block.frames = frames[:num_frames]
+        block._check_sizes()
+        return block
+
+    def _check_sizes(self) -> None:
+        layout = self.layout
+        is_fixed = layout.is_plain and self.lengths is layout.no_lengths
+        if not is_fixed and any(c.is_ragged != (n is not None) for c, n in zip(layout.columns, self.lengths, strict=True)):
+            raise LayoutError("a ragged column has lengths, and no other")
+        if layout.has_packed:
+            if layout.is_plain:
+                packed = self.num_rows * layout.item_bytes[0]
+            else:
+                packed = sum(self.column_bytes(i) for i, c in enumerate(layout.columns) if not c.is_framed)
+            if frame_bytes(self.frames[0]) != packed:
+                raise LayoutError(f"the packed frame has {frame_bytes(self.frames[0])} bytes, {packed} expected")
+        if layout.num_framed:
+            self._check_framed()
+
+    def _check_framed(self) -> None:
+        for i, column in enumerate(self.columns):
+            if column.is_framed:
+                for row in range(self.num_rows):
+                    size = frame_bytes(self.frames[self.frame_index(i, row)])
+                    if size != self.row_bytes(i, row):
+                        raise LayoutError(f"row {row} of {column.name!r} has {size} bytes, not as declared")
+
+
+def _parse_columns(packed: Any) -> list[Column]:
+    if type(packed) is not bytes or len(packed) > MAX_LAYOUT_BYTES:
+        raise LayoutError(f"a layout is msgpack in at most {MAX_LAYOUT_BYTES} bytes")
+    try:
+        described = msgpack.unpackb(packed, max_array_len=MAX_COLUMNS)
+    except (ValueError, msgpack.UnpackException, RecursionError) as e:
+        raise LayoutError(f"a layout is not msgpack as it should be: {type(e).__name__}") from e
+    if not isinstance(described, list) or len(described) > MAX_COLUMNS:
+        raise LayoutError(f"columns must be a list of at most {MAX_COLUMNS}")
+    columns = [_parse_column(c) for c in described]
+    if len({c.name for c in columns}) != len(columns):
+        raise LayoutError("two columns have the same name")
+    return columns
+
+
+def _parse_column(described: Any) -> Column:
+    if not (isinstance(described, list) and len(described) == 5):
+        raise LayoutError("a column is [name, dtype, shape, is_ragged, is_framed]")
+    name, dtype, shape, is_ragged, is_framed = described
+    if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME):
+        raise LayoutError(f"a column's name has 1 to {MAX_NAME} characters")
+    if not (isinstance(dtype, str) and dtype in ITEM_BYTES):
+        raise LayoutError(f"dtype of {name!r} must be one of {', '.join(ITEM_BYTES)}")
+    if not (isinstance(shape, list) and len(shape) <= MAX_RANK and _are_counts(shape)):
+        raise LayoutError(f"shape of {name!r} must be at most {MAX_RANK} counts")
+    if type(is_ragged) is not bool or type(is_framed) is not bool or (dtype in BLOBS and (shape or not is_ragged)):
+        raise LayoutError(f"column {name!r} is malformed")
+    return Column(name, dtype, tuple(shape), is_ragged, is_framed)
+
+
+def _parse_lengths(described: Any, layout: Layout, num_rows: int) -> list[Lengths]:
+    if not (isinstance(described, list) and len(described) == len(layout.columns)):
+        raise LayoutError("lengths are one list or nil per column")
+    for column, lengths in zip(layout.columns, described, strict=True):
+        if lengths is not None and not (isinstance(lengths, list) and len(lengths) == num_rows and _are_counts(lengths)):
+            raise LayoutError(f"lengths of {column.name!r} must be one count per row")
+    return described
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+
+
+def gather(pieces: Sequence[tuple[Block, int, int]]) -> Block:
+    """Join row ranges [start, stop) of blocks with equal columns into one block.
+
+    A single whole block comes back as it is, so that a received frame is handed on uncopied; everything else is one copy.
+    """
+    first, start, stop = pieces[0]
+    if len(pieces) == 1 and start == 0 and stop == first.num_rows:
+        return first
+    layout = first.layout
+    if layout.is_plain:
+        return _gather_plain(layout, pieces)
+    lengths = list[Lengths]()
+    packed = list[Any]()
+    framed = list[Buffer]()
+    for i, column in enumerate(layout.columns):
+        lengths.append([n for b, s, e in pieces for n in (b.lengths[i] or ())[s:e]] if column.is_ragged else None)
+        if column.is_framed:
+            framed += [b.frames[b.frame_index(i, row)] for b, s, e in pieces for row in range(s, e)]
+        else:
+            packed += [b.column(i, s, e) for b, s, e in pieces]
+    frames: list[Buffer] = framed
+    if layout.has_packed:
+        frames = [packed[0] if len(packed) == 1 else b"".join(packed), *framed]
+    return Block(sum(e - s for _, s, e in pieces), layout, lengths, frames)
+
+
+def _gather_plain(layout: Layout, pieces: Sequence[tuple[Block, int, int]]) -> Block:
+    size = layout.item_bytes[0]
+    parts = [view(b.frames[0])[s * size : e * size] for b, s, e in pieces]
+    frame = parts[0] if len(parts) == 1 else b"".join(parts)
+    return Block(sum(e - s for _, s, e in pieces), layout, layout.no_lengths, [frame])
+
+
+def reshape(block: Block, index: int, is_ragged: bool) -> Block:
+    """The same bytes with column `index` declared ragged (dimension 0 in the lengths) or fixed.
+
+    Raises:
+        LayoutError: the rows differ in dimension 0 and cannot be fixed, or have no dimension 0.
+    """
+    column, lengths = block.columns[index], block.lengths[index]
+    if column.is_ragged == is_ragged:
+        return block
+    new_lengths: Lengths
+    if is_ragged:
+        if not column.shape:
+            raise LayoutError(f"{column.name!r} needs at least one dimension")
+        new = Column(column.name, column.dtype, column.shape[1:], True, column.is_framed)
+        new_lengths = [column.shape[0]] * block.num_rows
+    else:
+        if lengths is None or len(set(lengths)) > 1:
+            raise LayoutError(f"rows of {column.name!r} differ in shape")
+        length = lengths[0] if lengths else 0
+        new = Column(column.name, column.dtype, (length, *column.shape), False, column.is_framed)
+        new_lengths = None
+    columns = (*block.columns[:index], new, *block.columns[index + 1 :])
+    return Block(
+        block.num_rows, columns, (*block.lengths[:index], new_lengths, *block.lengths[index + 1 :]), block.frames
+    )
+
+
+def pack(columns: Iterable[tuple[Column, Lengths, Sequence[Buffer]]], num_rows: int) -> Block:
+    """Build a block from each column's rows (`num_rows` buffers; or one buffer with all rows of a packed column)."""
+    descriptors, all_lengths, packed, framed = list[Column](), list[Lengths](), list[Any](), list[Buffer]()
+    for column, lengths, rows in columns:
+        descriptors.append(column)
+        all_lengths.append(lengths)
+        (framed if column.is_framed else packed).extend(rows)
+    frames: list[Buffer] = framed
+    if any(not c.is_framed for c in descriptors):
+        frames = [packed[0] if len(packed) == 1 else b"".join(packed), *framed]
+    return Block(num_rows, tuple(descriptors), all_lengths, frames)

@@ -1,0 +1,54 @@
+"""The broker's settings. Knows their meaning, units and bounds; `settings.py` knows where they come from."""
+
+from dataclasses import dataclass, fields
+
+from penstock.broker.wire import MAX_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """Limits are refused at the door with a reason; times are seconds unless the name says otherwise."""
+
+    url: str = ""
+    """Address to bind; empty: the default ipc folder."""
+    max_queue_rows: int = 100_000
+    """Open tasks (queued or running) of all clients."""
+    max_queue_bytes: int = 1 << 30
+    """Their payload bytes."""
+    window_rows: int = 4096
+    """Open tasks that one client session may have."""
+    window_bytes: int = 256 << 20
+    max_result_bytes: int = 1 << 30
+    """Results of one session that wait for its acknowledgement; past it the session may not submit."""
+    max_message_bytes: int = 256 << 20
+    """Largest frame from a peer."""
+    max_rows_per_run: int = MAX_ROWS
+    max_clients: int = 10_000
+    max_workers: int = 256
+    max_attempts: int = 2
+    """Times that a task may bring down a worker while running alone before it is dead."""
+    dedup_window_s: float = 3600.0
+    """How long an idempotency key is remembered after its outcome."""
+    dedup_bytes: int = 256 << 20
+    """Payload of outcomes kept for idempotency keys."""
+    heartbeat_ms: float = 1000.0
+    liveness_s: float = 5.0
+    """A worker silent for this long is lost."""
+    progress_s: float = 600.0
+    """A worker that holds a lease and makes no progress for this long is lost."""
+    session_ttl_s: float = 60.0
+    """A client silent for this long loses its session and its open tasks."""
+    worker_grace_s: float = 30.0
+    """How long after the start, or while workers are starting, an unknown kernel may still turn up."""
+    drain_s: float = 30.0
+    """How long a stopping broker lets open tasks finish."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("url", "worker_grace_s", "drain_s") and not value > 0:
+                raise ValueError(f"{f.name} must be above 0, not {value!r}")
+        if self.max_rows_per_run > MAX_ROWS:
+            raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")
+        if self.liveness_s * 1000 < 2 * self.heartbeat_ms:
+            raise ValueError("liveness_s must be at least two heartbeats")

@@ -1,0 +1,62 @@
+"""Which kernels there are: the specs that workers offer, and the submissions that wait for one to turn up."""
+
+from collections import Counter
+
+from penstock.broker.sessions import WorkerSession
+from penstock.broker.spec import Spec
+from penstock.broker.tasks import Run
+
+
+class KernelTable:
+    """Names to current specs. A kernel stays known when its last worker leaves: its tasks wait for the next one."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Spec] = {}
+        self.parked: dict[str, list[Run]] = {}
+        self._offers: Counter[tuple[str, bytes]] = Counter()
+        self._interned: dict[tuple[str, bytes], Spec] = {}
+
+    def offer(self, worker: WorkerSession, specs: list[Spec]) -> None:
+        """A worker is ready with these, instead of what it offered before."""
+        self.withdraw(worker)
+        for spec in specs:
+            kind = (spec.name, spec.digest)
+            spec = self._interned.setdefault(kind, spec)
+            worker.specs[kind] = spec
+            self._offers[kind] += 1
+            self.known[spec.name] = spec
+            for mode in spec.modes:
+                worker.kinds[*kind, mode] = spec
+
+    def withdraw(self, worker: WorkerSession) -> None:
+        """A worker offers nothing any more."""
+        for kind in worker.specs:
+            self._offers[kind] -= 1
+            if not self._offers[kind]:
+                del self._offers[kind]
+                self._fall_back(kind)
+        worker.specs, worker.kinds = {}, {}
+
+    def _fall_back(self, kind: tuple[str, bytes]) -> None:
+        """The last worker with this version has left: another version that is still offered becomes the current one."""
+        name = kind[0]
+        current = self.known[name]
+        if (current.name, current.digest) == kind:
+            others = [k for k in self._offers if k[0] == name]
+            if others:
+                self.known[name] = self._interned[others[-1]]
+                del self._interned[kind]
+
+    def is_offered(self, name: str) -> bool:
+        return any(k[0] == name for k in self._offers)
+
+    def current(self) -> set[tuple[str, bytes]]:
+        """What queued work may be bound to: versions on offer, and versions that nobody offers but nothing replaces."""
+        return set(self._offers) | {(s.name, s.digest) for s in self.known.values()}
+
+    def park(self, run: Run) -> None:
+        self.parked.setdefault(run.kernel, []).append(run)
+
+    def unpark(self, name: str) -> list[Run]:
+        """The open submissions that waited for this kernel."""
+        return [run for run in self.parked.pop(name, []) if run.num_open]

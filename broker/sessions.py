@@ -1,0 +1,166 @@
+"""What the broker keeps of each peer: a client's credit and unacknowledged results, a worker's offers and leases."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from penstock.broker.policy import Offer
+from penstock.broker.protocol import Outcome, Partial, Results
+from penstock.broker.spec import Spec
+from penstock.broker.tasks import Lease, Run
+
+Route = bytes
+MAX_OUTCOMES_MERGED = 256
+
+
+class ClientSession:
+    """A client that may come and go. `route` is None while it is away; what it misses waits in the outbox.
+
+    Credit is cumulative: `used` counts what was submitted, `returned` what has ended; between them lies the window.
+    """
+
+    __slots__ = (
+        "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes", "outbox", "principal", "returned_bytes",
+        "returned_rows", "route", "runs", "secret", "sent_seq", "used_bytes", "used_rows",
+    )  # fmt: skip
+
+    def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float) -> None:
+        self.principal = principal
+        self.name = name
+        self.secret = secret
+        self.route: Route | None = route
+        self.last_seen = now
+        self.runs: dict[bytes, Run] = {}
+        self.is_closed = False
+        self.last_seq = self.sent_seq = 0
+        self.outbox: deque[Results | Partial] = deque()
+        self.finished: dict[bytes, int] = {}
+        self.num_unacked_bytes = 0
+        self.used_rows = self.used_bytes = self.returned_rows = self.returned_bytes = 0
+
+    def leave_route(self) -> None:
+        """The client is away. What it was sent keeps its number and content: nothing more may join it."""
+        self.route = None
+        self.sent_seq = self.last_seq
+
+    def add_result(self, outcomes: Sequence[Outcome], credit: Sequence[int]) -> Results:
+        """Number a final and keep it until it is acknowledged."""
+        self.last_seq += 1
+        results = Results(seq=self.last_seq, outcomes=outcomes, credit=credit)
+        self.outbox.append(results)
+        self.num_unacked_bytes += _bytes_of(outcomes)
+        return results
+
+    def add_partial(self, outcome: Outcome) -> Partial | None:
+        """Number a partial and keep it; while the client is away it joins the one before, and None comes back."""
+        last = self.outbox[-1] if self.outbox else None
+        self.num_unacked_bytes += _bytes_of((outcome,))
+        is_unsent = self.route is None and last is not None and last.seq > self.sent_seq
+        if is_unsent and isinstance(last, Partial) and len(last.outcomes) < MAX_OUTCOMES_MERGED:
+            self.outbox[-1] = Partial(seq=last.seq, outcomes=[*last.outcomes, outcome])
+            return None
+        self.last_seq += 1
+        partial = Partial(seq=self.last_seq, outcomes=[outcome])
+        self.outbox.append(partial)
+        return partial
+
+    def acknowledge(self, seq: int) -> None:
+        """Forget what has arrived."""
+        outbox = self.outbox
+        while outbox and outbox[0].seq <= seq:
+            message = outbox.popleft()
+            self.num_unacked_bytes -= _bytes_of(message.outcomes)
+            for outcome in message.outcomes:
+                for run_id, _, _ in outcome.spans:
+                    if self.finished.get(run_id, seq + 1) <= seq:
+                        del self.finished[run_id]
+
+
+def _bytes_of(outcomes: Sequence[Outcome]) -> int:
+    return sum(o.block.nbytes for o in outcomes if o.block is not None)
+
+
+class WorkerSession:
+    """A worker process. Leases belong to it; credit is what it granted against what was assigned since its `ready`."""
+
+    __slots__ = (
+        "assigned_batches", "assigned_bytes", "batches", "credit_batches", "credit_bytes", "device", "facts", "is_draining",
+        "is_ready", "kinds", "last_seen", "leases", "memory", "name", "num_bytes", "num_done", "num_failed", "pid",
+        "principal", "progress", "progress_at", "resident", "route", "secret", "specs", "streams",
+    )  # fmt: skip
+
+    def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float) -> None:
+        self.principal = principal
+        self.name = name
+        self.secret = secret
+        self.route: Route | None = route
+        self.last_seen = self.progress_at = now
+        self.pid = 0
+        self.device = ""
+        self.facts: Mapping[str, Any] = {}
+        self.memory: Mapping[str, Any] = {}
+        self.resident: dict[str, str] = {}
+        self.specs: dict[tuple[str, bytes], Spec] = {}
+        self.kinds: dict[tuple[str, bytes, str], Spec] = {}
+        self.leases: dict[int, Lease] = {}
+        self.streams: dict[tuple[str, bytes], int] = {}
+        self.is_ready = self.is_draining = False
+        self.credit_batches = self.credit_bytes = self.assigned_batches = self.assigned_bytes = 0
+        self.batches = self.num_bytes = 0
+        self.progress = -1
+        self.num_done = self.num_failed = 0
+
+    @property
+    def state(self) -> str:
+        """starting, ready, busy, draining or away."""
+        if self.route is None:
+            return "away"
+        if self.is_draining:
+            return "draining"
+        if not self.is_ready:
+            return "starting"
+        return "busy" if self.leases else "ready"
+
+    def offer(self) -> Offer | None:
+        """What this worker could take now, or None."""
+        if not self.is_ready or self.is_draining or self.route is None:
+            return None
+        has_credit = self.assigned_batches < self.credit_batches
+        if has_credit and not self.streams:
+            kinds: Any = self.kinds
+        else:
+            kinds = [k for k, spec in self.kinds.items() if self._has_room(k, spec, has_credit)]
+        if not kinds:
+            return None
+        return Offer(kinds, self.credit_bytes - self.assigned_bytes, not self.leases)
+
+    def _has_room(self, kind: tuple[str, bytes, str], spec: Spec, has_credit: bool) -> bool:
+        if kind[2] == "stream":
+            return self.streams.get(kind[:2], 0) < spec.max_batch_size
+        return has_credit
+
+    def hold(self, lease: Lease) -> None:
+        """Take a lease, and the credit or the slot that it uses."""
+        if not self.leases:
+            self.progress_at = lease.assigned_at  # nobody expected progress before
+        self.leases[lease.token] = lease
+        self.num_bytes += lease.num_bytes
+        if lease.mode == "stream":
+            kind = lease.queue.kind[:2]
+            self.streams[kind] = self.streams.get(kind, 0) + 1
+        else:
+            self.batches += 1
+            self.assigned_batches += 1
+            self.assigned_bytes += lease.num_bytes
+
+    def give_up(self, lease: Lease) -> None:
+        """A lease has ended. Its batch credit comes back when the worker grants more; a slot is free at once."""
+        del self.leases[lease.token]
+        self.num_bytes -= lease.num_bytes
+        if lease.mode == "stream":
+            kind = lease.queue.kind[:2]
+            self.streams[kind] -= 1
+            if not self.streams[kind]:
+                del self.streams[kind]
+        else:
+            self.batches -= 1

@@ -1,0 +1,114 @@
+"""Rows that end together: closing them one by one, and cutting their common answer to what each client is told.
+
+Knows credit, idempotency keys and runs that share an answer. Does not know addresses, nor why the rows ended.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from penstock.broker.columns import Block, gather
+from penstock.broker.protocol import Outcome
+from penstock.broker.sessions import ClientSession
+from penstock.broker.state import BrokerState
+from penstock.broker.tasks import CANCELLED, EXPIRED, QUEUED, Piece, Run
+from penstock.broker.wire import MAX_ROWS
+
+Span = tuple[bytes, int, int, int, float]
+"""(run, start, stop, first row in the answer, milliseconds in the queue)."""
+SPAN_BYTES = 40
+MAX_LENGTH_BYTES = 5
+MAX_PORTION_BYTES = 24 * 1024
+
+
+class Settlement:
+    """Closes rows one by one and gathers what each session will be told."""
+
+    def __init__(self, state: BrokerState, outcome: str, answer: Outcome, now: float) -> None:
+        self.num_rows = 0
+        self.spans: dict[ClientSession, list[Span]] = {}
+        self.finished: dict[ClientSession, list[bytes]] = {}
+        self._state = state
+        self._outcome = outcome
+        self._answer = answer
+        self._now = now
+
+    def end(self, piece: Piece, start: int, stop: int, at: int) -> None:
+        run, num_rows = piece.run, stop - start
+        session, followers = run.session, run.followers
+        assigned_at = self._now if piece.lease is None else piece.lease.assigned_at
+        span = (run.id, start, stop, at, 1000.0 * (assigned_at - run.arrived))
+        self._state.ledger.end(piece, start, stop, self._outcome)
+        self.num_rows += num_rows
+        spans = self.spans.get(session)
+        if spans is None:
+            self.spans[session] = [span]
+        else:
+            spans.append(span)
+        session.returned_rows += num_rows
+        if run.key is not None:
+            self._remember(run, span)
+        if run.num_open == 0:
+            session.returned_bytes += run.num_bytes
+            self.finished.setdefault(session, []).append(run.id)
+            self._state.journal.close(run, self._now)
+        for follower in followers or ():
+            self._pass_on(follower, start, stop, at)
+
+    def _remember(self, run: Run, span: Span) -> None:
+        if self._outcome in (CANCELLED, EXPIRED):
+            self._state.journal.forget(run)
+        else:
+            self._state.journal.record(run, [self.outcome([span])])
+
+    def _pass_on(self, follower: Run, start: int, stop: int, at: int) -> None:
+        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""
+        for piece in follower.overlapping(start, stop):
+            if piece.state != QUEUED or piece.entry is not None:
+                continue
+            if self._outcome in (CANCELLED, EXPIRED):
+                self._state.kernels.park(follower)  # until the turn, if the kernel is there
+                return
+            first = max(start, piece.start)
+            self.end(piece, first, min(stop, piece.stop), at + first - start)
+
+    def portions(self, spans: list[Span]) -> Iterator[list[Span]]:
+        """The spans in portions whose outcome fits a header, and a block; mostly just one."""
+        block = self._answer.block
+        num_ragged = 0 if block is None else sum(n is not None for n in block.lengths)
+        row_bytes = MAX_LENGTH_BYTES * num_ragged
+        if self.num_rows <= MAX_ROWS and SPAN_BYTES * len(spans) + row_bytes * self.num_rows <= MAX_PORTION_BYTES:
+            yield spans
+            return
+        portion, num_rows, num_bytes = list[Span](), 0, 0
+        for run_id, start, stop, at, queue_ms in spans:
+            while start < stop:
+                room = MAX_PORTION_BYTES - num_bytes - SPAN_BYTES
+                fitting = min(stop - start, MAX_ROWS - num_rows, room // row_bytes if row_bytes else MAX_ROWS * (room > 0))
+                if fitting <= 0:
+                    yield portion
+                    portion, num_rows, num_bytes = [], 0, 0
+                    continue
+                portion.append((run_id, start, start + fitting, at, queue_ms))
+                num_rows, num_bytes = num_rows + fitting, num_bytes + SPAN_BYTES + fitting * row_bytes
+                start, at = start + fitting, at + fitting
+        yield portion
+
+    def outcome(self, spans: Sequence[Span]) -> Outcome:
+        """The answer, cut to the rows of these spans."""
+        answer = self._answer
+        block = answer.block
+        if block is not None:
+            block = gather(_joined([(block, at, at + stop - start) for _, start, stop, at, _ in spans]))
+        rows, queue_ms = [span[:3] for span in spans], [span[4] for span in spans]
+        return Outcome(rows, block, answer.error, queue_ms, answer.timings, answer.part, answer.attempt)
+
+
+def _joined(pieces: list[tuple[Block, int, int]]) -> list[tuple[Block, int, int]]:
+    """Neighbouring ranges of a block as one, so that a block taken whole is handed on as it came."""
+    joined = [pieces[0]]
+    for block, start, stop in pieces[1:]:
+        last = joined[-1]
+        if last[2] == start:
+            joined[-1] = (block, last[1], stop)
+        else:
+            joined.append((block, start, stop))
+    return joined

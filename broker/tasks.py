@@ -1,0 +1,126 @@
+"""Runs, pieces and leases: the objects that the ledger moves. They know their own rows and nothing else.
+
+A *run* is a submission of n rows. Its rows that have no outcome yet are covered by *pieces*, ranges of rows in one state,
+split as batches and cancels need it, so that bookkeeping costs per range and not per row.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from penstock.broker.columns import Block
+from penstock.broker.spec import Cost
+
+if TYPE_CHECKING:
+    from penstock.broker.policy import BatchQueue
+    from penstock.broker.sessions import ClientSession, WorkerSession
+
+QUEUED, LEASED = "queued", "leased"
+DONE, FAILED, EXPIRED, CANCELLED, DEAD = "done", "failed", "expired", "cancelled", "dead"
+
+MOVES = {
+    QUEUED: frozenset((LEASED, DONE, FAILED, EXPIRED, CANCELLED, DEAD)),  # DONE, DEAD: with the run that holds the same key
+    LEASED: frozenset((QUEUED, DONE, FAILED, EXPIRED, CANCELLED, DEAD)),
+}
+"""Every move that a row may make. The other states are outcomes: nothing leaves them."""
+
+
+class Piece:
+    """Rows [start, stop) of a run in one state. `entry` is its place in a queue, `lease` who holds it."""
+
+    __slots__ = ("deaths", "entry", "is_isolated", "lease", "run", "start", "state", "stop")
+
+    def __init__(self, run: "Run", start: int, stop: int, state: str = QUEUED) -> None:
+        self.run = run
+        self.start = start
+        self.stop = stop
+        self.state = state
+        self.entry: tuple[Any, ...] | None = None
+        self.lease: Lease | None = None
+        self.deaths = 0
+        self.is_isolated = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    def split(self, at: int) -> "Piece":
+        """Cut off and return rows [at, stop); both parts stay in this state, under this lease."""
+        tail = Piece(self.run, at, self.stop, self.state)
+        tail.lease, tail.deaths, tail.is_isolated = self.lease, self.deaths, self.is_isolated
+        self.stop = at
+        self.run.pieces.append(tail)
+        if self.lease is not None:
+            pieces = self.lease.pieces
+            pieces.insert(pieces.index(self) + 1, tail)
+        return tail
+
+
+class Run:
+    """A submission: what is common to its rows, and the pieces without an outcome."""
+
+    __slots__ = (
+        "arrived", "block", "cost_ms", "deadline", "followers", "id", "kernel", "key", "num_bytes", "num_open", "num_rows",
+        "pieces", "priority", "queue", "request", "scalars", "seq", "session", "traceparent", "wants_partials",
+    )  # fmt: skip
+
+    def __init__(self, session: "ClientSession", run_id: bytes, kernel: str, num_rows: int, seq: int, arrived: float) -> None:
+        self.session = session
+        self.id = run_id
+        self.kernel = kernel
+        self.num_rows = self.num_open = num_rows
+        self.seq = seq
+        self.arrived = arrived
+        self.deadline = float("inf")
+        self.priority = 5
+        self.wants_partials = False
+        self.traceparent: str | None = None
+        self.key: bytes | None = None
+        self.block: Block | None = None
+        self.scalars: Mapping[str, Any] = {}
+        self.cost_ms: Cost = 0.0
+        self.num_bytes = 0
+        self.queue: BatchQueue | None = None
+        self.request: Any = None
+        self.followers: list[Run] | None = None
+        self.pieces: list[Piece] = [Piece(self, 0, num_rows)]
+
+    def overlapping(self, start: int, stop: int) -> Iterator[Piece]:
+        """Pieces with rows in [start, stop), cut to it."""
+        for piece in list(self.pieces):
+            if piece.start < stop and start < piece.stop:
+                yield piece
+
+    def release(self) -> None:
+        """Drop what only an open run needs: payloads, and the references that would form cycles."""
+        self.block = self.queue = self.request = self.followers = None
+        self.pieces.clear()
+
+
+class Lease:
+    """A batch in the hands of one worker session. `token` is the fence: no answer under another one counts."""
+
+    __slots__ = ("assigned_at", "attempt", "is_cancelled", "mode", "num_answered", "num_bytes", "num_rows", "part",
+                 "pieces", "queue", "token", "worker")  # fmt: skip
+
+    def __init__(self, token: int, worker: "WorkerSession", queue: "BatchQueue", pieces: list[Piece], now: float) -> None:
+        self.token = token
+        self.worker = worker
+        self.queue = queue
+        self.mode = queue.mode
+        self.pieces = pieces
+        self.num_rows = sum(p.stop - p.start for p in pieces)
+        self.num_bytes = 0
+        self.num_answered = 0
+        self.part = 0
+        self.attempt = 1 + max(p.deaths for p in pieces)
+        self.assigned_at = now
+        self.is_cancelled = False
+
+    def overlapping(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """(piece, first row, last row + 1 of it in the lease) for the pieces that meet rows [start, stop) of the lease."""
+        at = 0
+        for piece in list(self.pieces):
+            end = at + piece.num_rows
+            if at < stop and start < end:
+                yield piece, at, end
+            at = end
