@@ -1,0 +1,225 @@
+"""One batch, run without sockets: who fails and who does not, what is run again, loading, memory."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import worker_kernels as kernels
+from fake_broker import assign, tensor_block
+
+from penstock.broker.protocol import Answer, Code, Error, Resident
+from penstock.kernels import kernel, registry
+from penstock.worker.runner import Runner
+
+
+def make_runner(*targets: Any, announced: list[Resident] | None = None, **options: Any) -> Runner:
+    made = [registry.create(target, **options) for target in targets]
+    told = announced if announced is not None else []
+    return Runner({k.spec.name: k for k in made}, torch.device("cpu"), Path("/tmp"), told.append)
+
+
+def column(*firsts: float) -> np.ndarray:
+    return np.array([[first, 0.5] for first in firsts], np.float32)
+
+
+def solve(runner: Runner, name: str, *blocks: np.ndarray, **fields: Any) -> dict[int, Any]:
+    """Row -> its values or its error; checks that each row is answered once."""
+    answers, clock, fault = runner.run(assign(1, name, *map(tensor_block, blocks), **fields), 0.0)
+    assert fault is None
+    assert all(ms >= 0 for ms in clock.timings().values())
+    return by_row(answers, sum(map(len, blocks)))
+
+
+def by_row(answers: list[Answer], num_rows: int) -> dict[int, Any]:
+    rows: dict[int, Any] = {}
+    for answer in answers:
+        for i in range(answer.start, answer.stop):
+            assert i not in rows
+            if answer.block is None:
+                assert answer.error is not None
+                rows[i] = answer.error
+            else:
+                data = bytes(answer.block.row(0, i - answer.start))
+                rows[i] = np.frombuffer(data, answer.block.columns[0].dtype)
+    assert sorted(rows) == list(range(num_rows))
+    return rows
+
+
+def test_a_batch_of_several_blocks_has_one_answer() -> None:
+    answers, _, _ = make_runner(kernels.scale).run(
+        assign(1, "scale", tensor_block(column(1, 2)), tensor_block(column(3)), statics={"factor": 3}), 0.0
+    )
+    assert len(answers) == 1
+    rows = by_row(answers, 3)
+    np.testing.assert_array_equal(np.stack([rows[i] for i in range(3)]), column(1, 2, 3) * 3)
+
+
+@pytest.mark.parametrize("guilty", range(64))
+def test_only_the_guilty_row_of_64_fails(guilty: int) -> None:
+    runner = make_runner(kernels.picky)
+    firsts = [666.0 if i == guilty else float(i % 10) for i in range(64)]
+    rows = solve(runner, "picky", column(*firsts[:20]), column(*firsts[20:]))
+    assert runner.num_runs <= 1 + 13
+    for i, row in rows.items():
+        if i == guilty:
+            assert isinstance(row, Error)
+            assert row.code == Code.FAILED
+            assert row.message == "kernel 'picky': ValueError: the number of the beast"
+            assert "worker_kernels.py" in row.detail
+            assert "runner.py" not in row.detail
+        else:
+            assert row.tolist() == [firsts[i] + 1, 1.5]
+
+
+def test_several_guilty_rows_fail_each_for_its_own_reason() -> None:
+    rows = solve(make_runner(kernels.picky), "picky", column(1, 666, 2, 13, 3))
+    assert [r.code if isinstance(r, Error) else None for r in rows.values()] == [
+        None, Code.FAILED, None, Code.INVALID, None,
+    ]  # fmt: skip
+
+
+def test_what_is_not_idempotent_runs_once() -> None:
+    runner = make_runner(kernels.once)
+    rows = solve(runner, "once", column(1, 666, 3))
+    assert runner.num_runs == 1
+    assert {r.code for r in rows.values() if isinstance(r, Error)} == {Code.FAILED}
+    assert len([r for r in rows.values() if isinstance(r, Error)]) == 3
+    assert "not idempotent" in rows[0].message
+
+
+def test_rows_that_do_not_fit_a_batch_are_found_before_the_kernel_runs() -> None:
+    runner = make_runner(kernels.once)
+    rows = solve(runner, "once", column(1, 2), np.ones((2, 3), np.float32))
+    assert [getattr(row, "code", None) for row in rows.values()] == [None] * 4
+    assert runner.num_runs == 2  # each shape by itself
+
+
+def test_out_of_memory_splits_until_it_fits() -> None:
+    runner = make_runner(kernels.hungry)
+    firsts = [*map(float, range(9)), 999.0, *map(float, range(10, 16))]
+    rows = solve(runner, "hungry", column(*firsts))
+    error = rows.pop(9)
+    assert isinstance(error, Error)
+    assert error.code == Code.FAILED
+    assert "ran out of memory" in error.message
+    assert all(not isinstance(row, Error) and row[0] == firsts[i] for i, row in rows.items())
+
+
+def test_a_failed_run_is_free_before_the_next_one_begins() -> None:
+    alive: list[int] = []
+    held: list[Any] = []
+
+    @kernel("leaky", max_batch_size=8)
+    def leaky(x: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in held))
+        big = torch.ones(1000)
+        held.append(weakref.ref(big))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return x
+
+    gc.disable()  # reference counts must be enough
+    try:
+        solve(make_runner(leaky), "leaky", column(1, 2, 3, 4))
+    finally:
+        gc.enable()
+    assert alive == [0] * 7
+
+
+@pytest.mark.parametrize(
+    ("raised", "is_memory"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"), True),
+        (MemoryError(), True),
+        (ValueError("out of ideas"), False),
+    ],
+)
+def test_out_of_memory_in_disguise(raised: Exception, is_memory: bool) -> None:
+    @kernel("raises")
+    def raises(x: torch.Tensor) -> torch.Tensor:
+        raise raised
+
+    row = solve(make_runner(raises), "raises", column(1))[0]
+    assert isinstance(row, Error)
+    assert ("ran out of memory" in row.message) == is_memory
+
+
+def test_a_broken_device_ends_the_batch_and_tells() -> None:
+    @kernel("breaks", max_batch_size=8)
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runner = make_runner(breaks)
+    answers, _, fault = runner.run(assign(1, "breaks", tensor_block(column(1, 2, 3, 4))), 0.0)
+    assert fault is not None
+    assert runner.num_runs == 1
+    assert all(isinstance(row, Error) for row in by_row(answers, 4).values())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(5), "has 5 rows for a batch of 2"),
+        (torch.ones(2, dtype=torch.complex64), "complex64"),
+        (None, "must return a tensor or a dict"),
+        ({"out": [object(), object()]}, "list of object"),
+    ],
+)
+def test_a_wrong_output_fails_the_batch_and_names_the_kernel(value: Any, message: str) -> None:
+    kernels.Returns.values = value
+    for row in solve(make_runner(kernels.Returns), "returns", column(1, 2)).values():
+        assert isinstance(row, Error)
+        assert row.code == Code.FAILED
+        assert "'returns'" in row.message
+        assert message in row.message
+
+
+def test_statics_and_leases_that_do_not_fit() -> None:
+    runner = make_runner(kernels.scale)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"statics": {"nonsense": 1}}, Code.INVALID),
+        ({"digest": b"12345678"}, Code.UNAVAILABLE),
+        ({"mode": "stream"}, Code.INVALID),
+    ]
+    for fields, code in cases:
+        row = solve(runner, "scale", column(1), **fields)[0]
+        assert isinstance(row, Error)
+        assert row.code == code
+    missing = solve(runner, "nothing", column(1))[0]
+    assert isinstance(missing, Error)
+    assert missing.code == Code.UNAVAILABLE
+    assert runner.num_runs == 0
+
+
+def test_loading_is_told_and_tried_again(tmp_path: Path) -> None:
+    announced: list[Resident] = []
+    weights = tmp_path / "weights"
+    runner = make_runner(kernels.Heavy, announced=announced, file=str(weights))
+    assert runner.resident == {"heavy": "absent"}
+    first = solve(runner, "heavy", column(1, 2))
+    assert {r.code for r in first.values() if isinstance(r, Error)} == {Code.UNAVAILABLE}
+    assert "no weights at" in first[0].message
+    weights.write_text("broken")
+    second = solve(runner, "heavy", column(1))[0]
+    assert isinstance(second, Error)
+    assert second.code == Code.FAILED
+    assert "a header that is no header" in second.message
+    weights.write_text("fine")
+    for _ in range(2):
+        assert solve(runner, "heavy", column(1))[0].tolist() == [2, 1.5]
+    assert [r.state for r in announced] == ["loading", "failed", "loading", "failed", "loading", "ready"]
+    assert runner.resident == {"heavy": "ready"}
+
+
+def test_an_exit_is_not_swallowed() -> None:
+    @kernel("leaves")
+    def leaves(x: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(make_runner(leaves), "leaves", column(1))

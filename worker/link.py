@@ -1,0 +1,207 @@
+"""A worker's side of the protocol: session, leases held, credit, drain.
+
+Knows what to say when and what an answer means; does not know sockets, clocks or kernels. Messages come in and go out as
+values; `loop.py` carries them.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.broker.columns import Buffer, gather
+from penstock.broker.protocol import Answer, Assign, Ready, Welcome, WorkerFinal, WorkerHello
+from penstock.broker.wire import MAX_HEADER_BYTES, ProtocolError, encode
+
+AWAY, GREETED, WELCOME, ATTACHED = "away", "greeted", "welcome", "attached"
+
+# state -> what may happen -> next state. Any other move is an error of ours.
+MOVES = {
+    AWAY: {"hello": GREETED, "lost": AWAY},
+    GREETED: {"hello": GREETED, "welcome": WELCOME, "lost": AWAY},
+    WELCOME: {"hello": GREETED, "welcome": WELCOME, "ready": ATTACHED, "lost": AWAY},
+    ATTACHED: {"hello": GREETED, "welcome": WELCOME, "lost": AWAY},
+}
+
+FIRST_WINDOW = 2
+MAX_WINDOW = 4
+SLOW_MS = 50.0
+AHEAD_MS = 2.0
+SMOOTHING = 0.2
+
+
+class LinkError(Exception):
+    """A move that the table does not allow."""
+
+
+class Credit:
+    """How many batches may be on their way or waiting here: more while batches are short.
+
+    One batch ahead hides the way to the broker and back; a few when a batch takes less than that way. Batches of more
+    than 50 ms are not taken ahead at all: another worker may be free sooner.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._smoothed_ms: float | None = None
+        self._num_answered = 0
+        self._bytes_answered = 0
+        self._granted = 0
+
+    def reset(self) -> None:
+        """A `ready` follows: the broker counts from the batches that it lists."""
+        self._num_answered = self._bytes_answered = self._granted = 0
+
+    def measure(self, took_ms: float) -> None:
+        """A batch took so long, loading aside."""
+        last = self._smoothed_ms
+        self._smoothed_ms = took_ms if last is None else last + SMOOTHING * (took_ms - last)
+
+    def answered(self, num_bytes: int) -> None:
+        """The answer to a batch has left."""
+        self._num_answered += 1
+        self._bytes_answered += num_bytes
+
+    @property
+    def window(self) -> int:
+        """Batches in flight, 1 to 4."""
+        if self._smoothed_ms is None:
+            return FIRST_WINDOW
+        if self._smoothed_ms > SLOW_MS:
+            return 1
+        return min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / max(self._smoothed_ms, 1e-3)))
+
+    def total(self, num_more: int = 0, more_bytes: int = 0) -> tuple[int, int]:
+        """The cumulative [batches, bytes] that may be assigned, once so many more are answered.
+
+        It never shrinks between two `ready`.
+        """
+        self._granted = max(self._granted, self._num_answered + num_more + self.window)
+        return self._granted, self._bytes_answered + more_bytes + self._max_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The answers to a lease as a whole, before they are encoded: the credit they carry is that of their departure."""
+
+    lease: int
+    answers: Sequence[Answer]
+    timings: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Held:
+    """A lease whose answer has not left. `num_bytes` is what it takes of the credit."""
+
+    is_stream: bool
+    num_rows: int
+    num_bytes: int
+
+
+class Link:
+    """The session of one worker.
+
+    Args:
+        name: as in status; device: what `--device` said.
+        max_bytes: see `WorkerConfig`.
+        secret: 16 bytes that prove the session; drawn here if not given.
+    """
+
+    def __init__(self, name: str, device: str, max_bytes: int, secret: bytes | None = None) -> None:
+        self.state = AWAY
+        self.secret = secret or os.urandom(16)
+        self.epoch = 0
+        self.heartbeat_ms = 1000.0
+        self.held: dict[int, Held] = {}
+        self.credit = Credit(max_bytes)
+        self._name = name
+        self._device = device
+
+    def _move(self, event: str) -> None:
+        if event not in MOVES[self.state]:
+            raise LinkError(f"{event} while {self.state}")
+        self.state = MOVES[self.state][event]
+
+    def hello(self) -> WorkerHello:
+        self._move("hello")
+        return WorkerHello(name=self._name, secret=self.secret, pid=os.getpid(), device=self._device)
+
+    def on_welcome(self, welcome: Welcome) -> bool:
+        """True if what is held goes on; False if it must be forgotten, because this broker does not know of it."""
+        if self.state == AWAY:  # an answer to a hello before the connection broke: another hello is due
+            return True
+        self._move("welcome")
+        self.epoch, self.heartbeat_ms = welcome.epoch, welcome.heartbeat_ms
+        if not welcome.is_resumed:
+            self.held.clear()
+        return welcome.is_resumed
+
+    def ready(self, specs: Sequence[Mapping[str, Any]], resident: Mapping[str, str], facts: Mapping[str, Any]) -> Ready:
+        """Says what is on offer and what is still held, and starts the credit anew."""
+        self._move("ready")
+        self.credit.reset()
+        for held in self.held.values():
+            held.num_bytes = 0
+        return Ready(
+            specs=specs, credit=self.credit.total(), leases=list(self.held), resident=dict(resident), device=facts
+        )
+
+    def lost(self) -> None:
+        """The connection or the session is gone; leases are kept until the next welcome tells."""
+        self._move("lost")
+
+    def on_assign(self, assign: Assign) -> bool:
+        """Take a lease; False if it is held already, or of an earlier session."""
+        if self.state != ATTACHED or assign.lease in self.held:
+            return False
+        num_rows = sum(block.num_rows for block in assign.blocks)
+        num_bytes = sum(block.nbytes for block in assign.blocks)
+        self.held[assign.lease] = Held(assign.mode == "stream", num_rows, num_bytes)
+        return True
+
+    def encode(self, final: Final) -> list[list[Buffer]]:
+        """The frames of the messages that answer a lease; the last one carries new credit.
+
+        Nothing, if the lease has been forgotten meanwhile.
+        """
+        held = self.held.get(final.lease)
+        if held is None:
+            return []
+        credit = (0, 0) if held.is_stream else self.credit.total(1, held.num_bytes)
+        return encode_answers(final.lease, final.answers, final.timings, credit)
+
+    def sent(self, final: Final) -> None:
+        """All messages of `encode` have left: the lease is held no more. Until then, `ready` lists it."""
+        held = self.held.pop(final.lease, None)
+        if held is not None and not held.is_stream:
+            self.credit.answered(held.num_bytes)
+
+
+def encode_answers(
+    lease: int, answers: Sequence[Answer], timings: Mapping[str, Any], credit: tuple[int, int]
+) -> list[list[Buffer]]:
+    """The answers as `final` messages: one, or as many as the limit on headers asks for."""
+    try:
+        return [encode(WorkerFinal(lease=lease, answers=answers, timings=timings, credit=credit))]
+    except ProtocolError:
+        first, second = _halves(answers)
+    return encode_answers(lease, first, timings, (0, 0)) + encode_answers(lease, second, timings, credit)
+
+
+def _halves(answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """Answers in two parts; a single one by its rows, or without its detail if it is one row."""
+    if len(answers) > 1:
+        middle = len(answers) // 2
+        return list(answers[:middle]), list(answers[middle:])
+    one = answers[0]
+    if one.stop - one.start < 2:
+        raise ProtocolError(f"the answer to one row needs a header of more than {MAX_HEADER_BYTES} bytes")
+    middle = (one.start + one.stop) // 2
+    return [_part(one, one.start, middle)], [_part(one, middle, one.stop)]
+
+
+def _part(answer: Answer, start: int, stop: int) -> Answer:
+    if answer.block is None:
+        return Answer(start, stop, error=answer.error)
+    return Answer(start, stop, gather([(answer.block, start - answer.start, stop - answer.start)]))

@@ -1,0 +1,148 @@
+"""Streaming leases: open tasks of kernels that work in steps, all of a kernel's together.
+
+Knows states, chunks and results; does not know sockets or credit. Each task ends with exactly one answer.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from penstock.broker.protocol import Answer, Assign, Code, Error, WorkerPartial
+from penstock.kernels import Step
+from penstock.worker import devices
+from penstock.worker.failures import Failure, describe
+from penstock.worker.inputs import Plan
+from penstock.worker.outputs import to_row
+from penstock.worker.runner import Clock, Runner
+
+
+@dataclass(slots=True)
+class Stream:
+    """One open task."""
+
+    lease: int
+    plan: Plan
+    state: Any
+    clock: Clock
+    num_parts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The answer of a streaming lease; `failure` as in `Runner.run`."""
+
+    lease: int
+    answer: Answer
+    clock: Clock
+    fault: Failure | None = None
+
+
+class Streams:
+    """The open tasks of all streaming kernels of a runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._open: dict[str, dict[int, Stream]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._open.values()))
+
+    def open(self, assign: Assign, received_at: float) -> Ended | None:
+        """Begin a task of one row; an answer at once if that fails."""
+        clock = Clock(received_at)
+        with torch.inference_mode():
+            prepared = self._runner.prepare(assign, clock)
+            if isinstance(prepared, Error):
+                return self._refused(assign, prepared, clock)
+            if sum(block.num_rows for block in assign.blocks) != 1:
+                return self._refused(assign, Error(Code.INVALID, "a streaming lease has one row"), clock)
+            plan, fixed = prepared
+            try:
+                clock.lap()
+                inputs = self._runner.to_device(plan.single(assign.blocks, assign.scalars))
+                clock.h2d_ms += clock.lap()
+                state = plan.kernel.open(**inputs, **fixed)
+                clock.compute_ms += clock.lap()
+            except Exception as e:
+                failure = describe(plan.name, e)
+                return self._refused(assign, failure.error, clock, failure if failure.is_device_fault else None)
+        self._open.setdefault(plan.name, {})[assign.lease] = Stream(assign.lease, plan, state, clock)
+        return None
+
+    def _refused(self, assign: Assign, error: Error, clock: Clock, fault: Failure | None = None) -> Ended:
+        num_rows = max(sum(block.num_rows for block in assign.blocks), 1)
+        return Ended(assign.lease, Answer(0, num_rows, error=error), clock, fault)
+
+    def cancel(self, lease: int) -> Ended | None:
+        """Drop a task's state; None if it is not open."""
+        for streams in self._open.values():
+            if lease in streams:
+                error = Error(Code.CANCELLED, "cancelled while streaming")
+                return self._end(streams[lease], Answer(0, 1, error=error))
+        return None
+
+    def clear(self) -> None:
+        """Forget all tasks: nobody waits for them."""
+        self._open.clear()
+
+    def step(self) -> Iterator[WorkerPartial | Ended]:
+        """One step of every kernel that has open tasks."""
+        for streams in [s for s in self._open.values() if s]:
+            active = list(streams.values())
+            with torch.inference_mode():
+                events = list(self._step(active))
+            yield from events
+
+    def _step(self, active: list[Stream]) -> Iterator[WorkerPartial | Ended]:
+        steps = self._attempt(active)
+        if not isinstance(steps, Failure):
+            for stream, step in zip(active, steps, strict=True):
+                yield from self._emit(stream, step)
+            return
+        if steps.is_out_of_memory:
+            self._runner.recover_memory()
+        if len(active) > 1 and not steps.is_device_fault:
+            # Several tasks: each takes its step alone, so that only the guilty one fails.
+            for stream in active:
+                yield from self._step([stream])
+            return
+        for stream in active:
+            yield self._end(stream, Answer(0, 1, error=steps.error), steps if steps.is_device_fault else None)
+
+    def _attempt(self, active: list[Stream]) -> list[Step] | Failure:
+        plan, runner = active[0].plan, self._runner
+        began = time.perf_counter()
+        runner.num_runs += 1
+        try:
+            steps = plan.kernel.step([stream.state for stream in active])
+            devices.synchronize(runner.device)
+        except Exception as e:
+            return describe(plan.name, e)
+        took = (time.perf_counter() - began) * 1e3
+        for stream in active:
+            stream.clock.compute_ms += took
+        return steps
+
+    def _emit(self, stream: Stream, step: Step) -> Iterator[WorkerPartial | Ended]:
+        began = time.perf_counter()
+        name = stream.plan.name
+        try:
+            chunk = to_row(name, step.chunk) if step.chunk else None
+            result = None if step.result is None else to_row(name, step.result)
+        except Exception as e:
+            failure = describe(name, e)
+            yield self._end(stream, Answer(0, 1, error=failure.error), failure if failure.is_device_fault else None)
+            return
+        stream.clock.d2h_ms += (time.perf_counter() - began) * 1e3
+        if chunk is not None:
+            yield WorkerPartial(lease=stream.lease, part=stream.num_parts, block=chunk)
+            stream.num_parts += 1
+        if result is not None:
+            yield self._end(stream, Answer(0, 1, result))
+
+    def _end(self, stream: Stream, answer: Answer, fault: Failure | None = None) -> Ended:
+        del self._open[stream.plan.name][stream.lease]
+        return Ended(stream.lease, answer, stream.clock, fault)
