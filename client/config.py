@@ -1,0 +1,43 @@
+"""The client's settings. Knows their meaning, units and bounds; `penstock.broker.settings` knows where they come from."""
+
+from dataclasses import dataclass
+
+from penstock.broker.wire import MAX_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Times are seconds. Sources: arguments of `Client` > PENSTOCK_CLIENT_<FIELD> > [client] of penstock.toml > these."""
+
+    name: str = ""
+    """Shown by the broker and used for fair shares; empty: the program's name."""
+    timeout: float | None = 60.0
+    """Time limit of a task unless `options(timeout=...)` gives another; None: no limit."""
+    connect_timeout: float = 5.0
+    """How long the first use waits for a broker."""
+    max_rows_per_run: int = 32
+    """Tasks that `map`, and `submit` on a busy line, put into one message."""
+    max_rows_per_array: int = 1024
+    """Rows that `map_rows` puts into one message."""
+    max_run_bytes: int = 8 << 20
+    """Payload bytes of one message, unless a single row is larger."""
+    max_waiting: int = 65_536
+    """Tasks that may wait in the client beyond the broker's window before `submit` blocks."""
+    max_waiting_bytes: int = 256 << 20
+    flush_s: float = 0.002
+    """The longest that a task waits for others to share its message."""
+    grace_s: float = 0.25
+    """How long after its time limit a task still waits for the broker's word before it is ended here."""
+    linger_s: float = 0.5
+    """How long `close` tries to hand over what was sent."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows_per_run", "max_rows_per_array"):
+            if not 1 <= getattr(self, name) <= MAX_ROWS:
+                raise ValueError(f"{name} must be 1 to {MAX_ROWS}, not {getattr(self, name)!r}")
+        for name in ("connect_timeout", "max_run_bytes", "max_waiting", "max_waiting_bytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
+        for name in ("flush_s", "grace_s", "linger_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}")

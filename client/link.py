@@ -1,0 +1,127 @@
+"""A session on a DEALER socket: sends what can be sent, receives what is there, connects again when told to.
+
+Knows ZeroMQ's edge-triggered file descriptor: it only says that something may have changed, and any call on the socket
+may swallow that edge. So `turn` goes on until EVENTS shows nothing more to do, and must be called after every change
+of the session and after every wake-up of the descriptor. Does not wait, and does not know threads.
+"""
+
+import time
+from typing import Any, Final
+
+import zmq
+
+from penstock.broker.columns import FRAMED_ROW_BYTES, Buffer, frame_bytes
+from penstock.client.session import Session
+
+# Plain ints: pyzmq's enum flags cost more than the calls that they go into.
+_EVENTS: Final = int(zmq.EVENTS)
+_RCVMORE: Final = int(zmq.RCVMORE)
+_POLLIN: Final = int(zmq.POLLIN)
+_POLLOUT: Final = int(zmq.POLLOUT)
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_SEND_MORE: Final = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
+
+_OPTIONS: Final = {
+    zmq.LINGER: 0,
+    zmq.IMMEDIATE: 1,
+    zmq.RECONNECT_IVL: 100,
+    zmq.RECONNECT_IVL_MAX: 5000,
+    zmq.SNDHWM: 1000,
+    zmq.RCVHWM: 10_000,
+    zmq.HEARTBEAT_IVL: 5000,
+    zmq.HEARTBEAT_TIMEOUT: 15_000,
+    zmq.HEARTBEAT_TTL: 30_000,
+}
+"""LINGER is set when the client closes; what a lost connection still held is sent again by the session."""
+
+
+class Link:
+    """One session's socket. Not thread-safe: its driver sees to that."""
+
+    def __init__(self, session: Session, endpoint: str) -> None:
+        self._session = session
+        self._endpoint = endpoint
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self.num_sockets = 0
+        """Grows with every new socket, which has another file descriptor."""
+
+    def fileno(self) -> int:
+        """The descriptor to poll for reading, only after a `turn`."""
+        return int(self._open().getsockopt(zmq.FD))
+
+    def _open(self) -> "zmq.Socket[bytes]":
+        if self._socket is None:
+            socket = self._context.socket(zmq.DEALER)
+            for option, value in _OPTIONS.items():
+                socket.setsockopt(option, value)
+            socket.connect(self._endpoint)
+            self._socket = socket
+            self.num_sockets += 1
+        return self._socket
+
+    def turn(self) -> float:
+        """Receive and send until nothing is left to do; the time comes back, in monotonic seconds."""
+        session = self._session
+        while True:
+            socket = self._socket or self._open()
+            now = time.monotonic()
+            while True:
+                events: Any = socket.getsockopt(_EVENTS)
+                if events & _POLLIN:
+                    session.receive(_receive(socket), now)
+                    continue
+                if events & _POLLOUT and self._send(socket, now):
+                    continue
+                break
+            session.can_send = bool(events & _POLLOUT)
+            if now < session.next_deadline():
+                return now
+            session.tick(now)
+            if session.must_reconnect:
+                self._reconnect(now)
+
+    def _send(self, socket: "zmq.Socket[bytes]", now: float) -> bool:
+        frames = self._session.take(now)
+        if frames is None:
+            return False
+        for frame in frames[:-1]:
+            _send_frame(socket, frame, _SEND_MORE)
+        _send_frame(socket, frames[-1], _NOBLOCK)
+        return True
+
+    def _reconnect(self, now: float) -> None:
+        if self._socket is not None:
+            self._socket.close(0)
+            self._socket = None
+        self._open()
+        self._session.reconnected(now)
+
+    def close(self, linger_s: float) -> None:
+        """Give what was sent `linger_s` to leave, then end the socket."""
+        if self._socket is not None:
+            self._socket.close(int(linger_s * 1000))
+            self._socket = None
+        self._context.term()
+
+    def abandon(self) -> None:
+        """In a forked child: let go without touching what belongs to the parent."""
+        self._socket = None
+
+
+def _send_frame(socket: "zmq.Socket[bytes]", frame: Buffer, flags: int) -> None:
+    # From 64 KiB up the bytes are handed over uncopied; they are ours and never change.
+    socket.send(frame, flags, frame_bytes(frame) < FRAMED_ROW_BYTES)
+
+
+def _receive(socket: "zmq.Socket[bytes]") -> list[Buffer]:
+    """One message: version and header as bytes, payload as frames that are handed on uncopied."""
+    frames: list[Buffer] = [socket.recv(_NOBLOCK)]
+    if socket.getsockopt(_RCVMORE):
+        frames.append(socket.recv(_NOBLOCK))
+        more: Any = socket.getsockopt(_RCVMORE)
+        while more:
+            frame = socket.recv(_NOBLOCK, False)
+            frames.append(frame)
+            more = frame.more
+    return frames

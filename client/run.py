@@ -1,0 +1,253 @@
+"""Runs: the tasks of one submission, held together from the first row to the last outcome.
+
+Knows how rows gather, become a block and get their outcomes. Does not know sessions, sockets, numpy or time.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from penstock.broker.columns import Block, Buffer, Column, Lengths, pack
+from penstock.broker.protocol import DEFAULT_PRIORITY, Error, Outcome
+
+PENDING: Final = 0
+"""Rows may still be added."""
+WAITING: Final = 1
+"""Sealed; waits for credit or for the broker."""
+SENT: Final = 2
+CLOSED: Final = 3
+"""Every row has its outcome."""
+
+MAX_HEADER_VALUES: Final = 4000
+"""Lengths and scalars that a run may put into its header: 9 bytes each must stay well within 64 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `options(...)` says of tasks. `timeout` is seconds or None; priority 0 is soonest, 9 last."""
+
+    priority: int = DEFAULT_PRIORITY
+    timeout: float | None = 60.0
+    is_durable: bool = False
+    key: bytes | None = None
+
+
+class Shape:
+    """What rows of one run have in common. Compared by identity: `Plan` makes one object per combination."""
+
+    __slots__ = ("columns", "is_torch", "kernel", "max_rows", "scalars", "statics")
+
+    def __init__(
+        self, kernel: str, columns: tuple[Column, ...], statics: bytes, scalars: tuple[str, ...], is_torch: bool
+    ) -> None:
+        self.kernel = kernel
+        self.columns = columns
+        self.statics = statics
+        self.scalars = scalars
+        self.is_torch = is_torch
+        num_per_row = len(scalars) + sum(c.is_ragged for c in columns)
+        self.max_rows = MAX_HEADER_VALUES // num_per_row if num_per_row else MAX_HEADER_VALUES
+
+
+@dataclass(slots=True)
+class Row:
+    """The converted inputs of one task, or of `num_rows` tasks that lie one after another.
+
+    Per column of `shape`: the buffers of its rows, and their lengths if it is ragged. `scalars` holds per scalar name
+    one value per row.
+    """
+
+    shape: Shape
+    buffers: Sequence[Sequence[Buffer]]
+    lengths: Sequence[Lengths]
+    scalars: Sequence[Sequence[float]]
+    nbytes: int
+    num_rows: int = 1
+
+
+class Part:
+    """One outcome for rows of one run, from `start` on: rows of `block` from `base` on, or `error` for all of them."""
+
+    __slots__ = ("attempt", "base", "block", "decoder", "error", "part", "queue_ms", "start", "timings")
+
+    def __init__(
+        self,
+        start: int,
+        base: int = 0,
+        block: Block | None = None,
+        error: Error | None = None,
+        queue_ms: float | None = None,
+        outcome: Outcome | None = None,
+    ) -> None:
+        self.start = start
+        self.base = base
+        self.block = block
+        self.error = error
+        self.queue_ms = queue_ms
+        self.timings = None if outcome is None else outcome.timings
+        self.part = 0 if outcome is None else outcome.part
+        self.attempt = 0 if outcome is None else outcome.attempt
+        self.decoder: Any = None  # made by `outputs.decode`, shared by all rows
+
+
+class Watcher(Protocol):
+    """Is told of a run whenever rows of it get an outcome; called under the line's lock, so it only notes it."""
+
+    def append(self, run: "Run", /) -> object: ...
+
+
+class Run:
+    """One submission: `num_rows` tasks that differ in their rows only.
+
+    `slots` has per row its `Part`, or None while the task is open. `deadline` is monotonic seconds. `cancels` are the
+    row ranges that somebody wants ended. `chunks` collects partial answers of a streaming task.
+    """
+
+    __slots__ = (
+        "__weakref__", "accepted", "block", "callbacks", "cancels", "chunks", "deadline", "entry", "id", "is_again",
+        "key", "nbytes", "num_open", "num_rows", "options", "pieces", "refused", "scalars", "shape", "slots", "state",
+        "wants_partials", "watchers",
+    )  # fmt: skip
+
+    def __init__(self, id_: bytes, shape: Shape, options: Options, deadline: float, wants_partials: bool = False) -> None:
+        self.id = id_
+        self.shape = shape
+        self.options = options
+        self.deadline = deadline
+        self.wants_partials = wants_partials
+        self.pieces: list[Row] = []
+        self.slots: list[Part | None] = []
+        self.num_rows = 0
+        self.num_open = 0
+        self.nbytes = 0
+        self.state = PENDING
+        self.key: Any = None
+        self.block: Block | None = None
+        self.scalars: dict[str, Any] = {}
+        self.entry: list[Any] | None = None
+        self.is_again = False
+        self.accepted = False
+        self.cancels: list[tuple[int, int]] = []
+        self.chunks: list[Part] = []
+        self.watchers: list[Watcher] | None = None
+        self.callbacks: dict[int, list[Callable[[], object]]] | None = None
+
+    def add(self, row: Row) -> int:
+        """Take in one more piece; its first row's number comes back."""
+        first = self.num_rows
+        self.pieces.append(row)
+        self.num_rows = first + row.num_rows
+        self.num_open += row.num_rows
+        self.nbytes += row.nbytes
+        if row.num_rows == 1:
+            self.slots.append(None)
+        else:
+            self.slots.extend([None] * row.num_rows)
+        return first
+
+    def seal(self) -> None:
+        """No more rows: lay them out as the block that travels."""
+        pieces, shape = self.pieces, self.shape
+        if len(pieces) == 1:
+            row = pieces[0]
+            columns = list(zip(shape.columns, row.lengths, row.buffers, strict=True))
+            scalars = row.scalars
+        else:
+            columns = [
+                (
+                    column,
+                    [n for p in pieces for n in p.lengths[i] or ()] if column.is_ragged else None,
+                    [b for p in pieces for b in p.buffers[i]],
+                )
+                for i, column in enumerate(shape.columns)
+            ]
+            scalars = [[v for p in pieces for v in p.scalars[i]] for i in range(len(shape.scalars))]
+        self.block = pack(columns, self.num_rows)
+        self.scalars = {
+            name: values[0] if values.count(values[0]) == len(values) else list(values)
+            for name, values in zip(shape.scalars, scalars, strict=True)
+        }
+        self.pieces = []
+        self.state = WAITING
+
+    def settle(self, start: int, stop: int, part: Part) -> int:
+        """Give the rows [start, stop) that are still open their outcome; how many those were comes back."""
+        slots, count = self.slots, stop - start
+        if self.num_open == self.num_rows or not any(slots[start:stop]):
+            slots[start:stop] = [part] * count
+        else:
+            open_rows = [i for i in range(start, stop) if slots[i] is None]
+            for i in open_rows:
+                slots[i] = part
+            count = len(open_rows)
+        self.num_open -= count
+        return count
+
+    def close(self) -> None:
+        """Every row has its outcome: let the payload go."""
+        self.state = CLOSED
+        self.block = None
+        self.pieces = []
+        if self.entry is not None:
+            self.entry[2] = None
+            self.entry = None
+
+
+def same_part(slots: Sequence[Part | None], row: int) -> int:
+    """The end of the rows from `row` on that got their outcome together."""
+    part, stop = slots[row], len(slots)
+    if slots.count(part) == stop - row:
+        return stop
+    return next((i for i in range(row, stop) if slots[i] is not part), stop)
+
+
+def deadline_of(options: Options, now: float) -> float:
+    return math.inf if options.timeout is None else now + options.timeout
+
+
+class Bundler:
+    """Puts converted rows into runs, in order: a new run where the shape changes or one is full.
+
+    `draw()` gives submission ids.
+    """
+
+    __slots__ = ("_draw", "_limit", "_max_bytes", "_max_rows", "_nbytes", "_options", "_rows", "_shape", "started")
+
+    def __init__(self, options: Options, max_rows: int, max_bytes: int, draw: Callable[[], bytes]) -> None:
+        self._options = options
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._draw = draw
+        self._rows: list[Row] = []
+        self._shape: Shape | None = None
+        self._limit = self._nbytes = 0
+        self.started = math.inf
+
+    def add(self, row: Row, now: float) -> Run | None:
+        """Take a row; a run that is complete comes back: the one before, or the row's own if it is full now."""
+        rows, done = self._rows, None
+        if rows and (
+            row.shape is not self._shape or len(rows) >= self._limit or self._nbytes + row.nbytes > self._max_bytes
+        ):
+            done = self.flush()
+            rows = self._rows
+        rows.append(row)
+        self._nbytes += row.nbytes
+        num_rows = len(rows)
+        if num_rows == 1:
+            self._shape, self.started = row.shape, now
+            self._limit = min(self._max_rows, row.shape.max_rows)
+        return self.flush() if num_rows >= self._limit and done is None else done
+
+    def flush(self) -> Run | None:
+        """The run that was begun, if there is one."""
+        rows, shape = self._rows, self._shape
+        if not rows or shape is None:
+            return None
+        run = Run(self._draw(), shape, self._options, deadline_of(self._options, self.started))
+        run.pieces, run.nbytes = rows, self._nbytes
+        run.num_rows = run.num_open = len(rows)
+        run.slots = [None] * len(rows)
+        self._rows, self._nbytes, self.started = [], 0, math.inf
+        return run
