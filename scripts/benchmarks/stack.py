@@ -1,0 +1,57 @@
+"""A private broker and workers for a benchmark, started as processes and stopped at the end."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from penstock.client import Client
+
+HERE = Path(__file__).parent
+
+
+class Stack:
+    """Broker and workers on a folder of their own; a context manager."""
+
+    def __init__(
+        self, folder: Path, num_workers: int = 1, broker_args: Sequence[str] = (), worker_args: Sequence[str] = ()
+    ) -> None:
+        self.url = f"ipc://{folder}"
+        self._env = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "PYTHONSAFEPATH": "1"}
+        self._broker_args = list(broker_args)
+        self._worker_args = ["--kernels", str(HERE / "bench_kernels.py"), "--state-dir", str(folder / "state"), *worker_args]
+        self._num_workers = num_workers
+        self.broker: subprocess.Popen[bytes] | None = None
+        self.workers: list[subprocess.Popen[bytes]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "Stack":
+        self.broker = self._start("penstock.broker", "--url", self.url, "--log-level", "warning", *self._broker_args)
+        for i in range(self._num_workers):
+            args = ("--broker", self.url, "--name", f"cpu-{i}", "--device", "cpu", "--log-level", "warning", *self._worker_args)
+            self.workers.append(self._start("penstock.worker", *args))
+        self._wait_ready(60.0)
+        return self
+
+    def _start(self, module: str, *args: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=self._env)
+
+    def _wait_ready(self, limit_s: float) -> None:
+        end = time.monotonic() + limit_s
+        with Client(self.url, connect_timeout=limit_s) as client:
+            while sum(w["state"] == "ready" for w in client.status()["workers"]) < self._num_workers:
+                if time.monotonic() > end:
+                    raise SystemExit("the workers did not become ready")
+                time.sleep(0.1)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for p in [*self.workers, *([self.broker] if self.broker else [])]:
+            p.terminate()
+            try:
+                p.wait(10)
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.wait()
