@@ -150,7 +150,12 @@ class Clients:
 
     def _unknown(self, session: ClientSession, open_ids: bytes) -> bytes:
         ids = [open_ids[i : i + ID_BYTES] for i in range(0, len(open_ids), ID_BYTES)]
-        return b"".join(i for i in ids if i not in session.runs and i not in session.finished)
+        return b"".join(i for i in ids if self._find(session, i) is None and i not in session.finished)
+
+    def _find(self, session: ClientSession, run_id: bytes) -> Run | None:
+        """An open run, if it is this session's."""
+        run = self.state.ledger.find(session.principal, run_id)
+        return run if run is not None and run.session is session else None
 
     def lose_route(self, route: Route) -> None:
         """The address is gone; the session waits for an attach."""
@@ -189,7 +194,7 @@ class Clients:
                 self._closing.popleft()
                 continue
             budget -= 1
-            run = next(iter(session.runs.values()))
+            run = next(iter(session.runs))
             self.end_run(run, CANCELLED, Error(Code.CANCELLED, "the client left"), now)
 
     @property
@@ -372,7 +377,7 @@ class Clients:
     # --- outcomes --------------------------------------------------------------------------------------------------
 
     def _cancel(self, session: ClientSession, m: Cancel, now: float) -> None:
-        run = session.runs.get(m.id)
+        run = self._find(session, m.id)
         if run is None:
             self.state.counters["cancelled_too_late"] += 1
             return
@@ -441,7 +446,7 @@ class Clients:
         self.state.send(FRONT, session.route, Reply(request=m.request, body=body))
 
     def _task_report(self, session: ClientSession, run_id: bytes, now: float) -> dict[str, Any]:
-        run = session.runs.get(run_id)
+        run = self._find(session, run_id)
         if run is None:
             return {"state": "finished" if run_id in session.finished else "unknown"}
         queued = [p for p in run.pieces if p.state == QUEUED]

@@ -259,7 +259,7 @@ class Core:
             assert session.route == route and not session.is_closed
         for session in {r.session for r in state.ledger.runs()}:
             window = session.used_rows - session.returned_rows
-            assert window == sum(r.num_open for r in session.runs.values()), "credit leaks"
+            assert window == sum(r.num_open for r in session.runs), "credit leaks"
             assert window <= config.window_rows
         for route, worker in self.workers.by_route.items():
             assert worker.route == route

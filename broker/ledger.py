@@ -3,9 +3,9 @@
 Knows what moves are legal and keeps the counts. Does not know who is told of an outcome, nor workers' credit.
 """
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from sortedcontainers import SortedList
 
@@ -14,6 +14,12 @@ from penstock.broker.sessions import WorkerSession
 from penstock.broker.tasks import LEASED, MOVES, QUEUED, Lease, Piece, Run
 
 STORY_LENGTH = 2000
+Parts = tuple[dict[bytes, Run], ...]
+
+
+def _parts() -> Parts:
+    """A table in 256 parts by the id's first byte: a dict of a million entries stops the loop whenever it grows."""
+    return tuple({} for _ in range(256))
 
 
 class IllegalMove(AssertionError):
@@ -33,7 +39,7 @@ class Ledger:
         self.num_open = self.open_bytes = 0
         self.leases: dict[int, Lease] = {}
         self.outcomes = Counter[str]()
-        self._runs: dict[tuple[str, bytes], Run] = {}
+        self._runs: defaultdict[str, Parts] = defaultdict(_parts)
         self._deadlines: SortedList[tuple[float, int, Run]] = SortedList()
         self._story: deque[tuple[Run, int, int, str, str]] = deque(maxlen=STORY_LENGTH)
         self._next_token = epoch << 32
@@ -41,15 +47,15 @@ class Ledger:
     # --- runs ------------------------------------------------------------------------------------------------------
 
     def find(self, principal: str, run_id: bytes) -> Run | None:
-        return self._runs.get((principal, run_id))
+        return self._runs[principal][run_id[0]].get(run_id)
 
     def runs(self) -> Iterator[Run]:
-        return iter(self._runs.values())
+        return chain.from_iterable(part.values() for parts in self._runs.values() for part in parts)
 
     def open(self, run: Run) -> None:
         """Take in a new run; its rows are queued, in no queue yet."""
-        self._runs[run.session.principal, run.id] = run
-        run.session.runs[run.id] = run
+        self._runs[run.session.principal][run.id[0]][run.id] = run
+        run.session.runs.add(run)
         self.num_rows[QUEUED] += run.num_rows
         self.num_open += run.num_rows
         self.open_bytes += run.num_bytes
@@ -156,8 +162,8 @@ class Ledger:
         return tail
 
     def _forget(self, run: Run) -> None:
-        del self._runs[run.session.principal, run.id]
-        del run.session.runs[run.id]
+        del self._runs[run.session.principal][run.id[0]][run.id]
+        run.session.runs.remove(run)
         self.open_bytes -= run.num_bytes
         if run.deadline != float("inf"):
             self._deadlines.remove((run.deadline, run.seq, run))
@@ -169,12 +175,12 @@ class Ledger:
         """Every invariant of the table; tests call it after every event."""
         counts = Counter[str]()
         num_bytes = 0
-        for run in self._runs.values():
+        for run in self.runs():
             rows = sorted((p.start, p.stop) for p in run.pieces)
             assert all(a[1] <= b[0] for a, b in pairwise(rows)), "pieces overlap"
             assert sum(b - a for a, b in rows) == run.num_open > 0, "a row without piece or outcome"
             assert run.deadline > now, "an open task past its deadline"
-            assert run.session.runs[run.id] is run
+            assert self.find(run.session.principal, run.id) is run
             num_bytes += run.num_bytes
             for piece in run.pieces:
                 assert piece.run is run and piece.state in MOVES
@@ -185,7 +191,7 @@ class Ledger:
                     assert piece in piece.lease.pieces and self.leases[piece.lease.token] is piece.lease
         assert counts == Counter(self.num_rows) and sum(counts.values()) == self.num_open, "queued + leased = open"
         assert num_bytes == self.open_bytes
-        assert len(self._deadlines) == sum(r.deadline != float("inf") for r in self._runs.values())
+        assert len(self._deadlines) == sum(r.deadline != float("inf") for r in self.runs())
         for lease in self.leases.values():
             assert lease.worker.leases[lease.token] is lease
             for queue in (p.run.queue for p in lease.pieces if p.state == LEASED):  # rebound since, or of one key

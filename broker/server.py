@@ -29,6 +29,8 @@ log = logging.getLogger("penstock.broker")
 _SNDMORE, _NOBLOCK, _EVENTS, _POLLIN = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
 MAX_MESSAGES_PER_TURN = 128
 MAX_SEND_BACKLOG = 20_000
+COPIED_BYTES = 2048
+"""Up to here a received frame is copied: keeping a frame object costs more memory than the copy takes time."""
 
 
 class AlreadyRunning(RuntimeError):
@@ -199,7 +201,7 @@ class Server:
         while frame.more:
             frame = s.recv(_NOBLOCK, copy=False)
             if len(frames) <= MAX_FRAMES:
-                frames.append(frame)
+                frames.append(frame if len(frame) > COPIED_BYTES else frame.bytes)
         try:
             message = decode(self._types[side], frames)
         except ProtocolError as e:

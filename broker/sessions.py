@@ -1,7 +1,7 @@
 """What the broker keeps of each peer: a client's credit and unacknowledged results, a worker's offers and leases."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from penstock.broker.policy import Offer
@@ -11,6 +11,39 @@ from penstock.broker.tasks import Lease, Run
 
 Route = bytes
 MAX_OUTCOMES_MERGED = 256
+
+
+class RunChain:
+    """The open runs of a session, linked through themselves: no table that grows with a million of them."""
+
+    __slots__ = ("_first",)
+
+    def __init__(self) -> None:
+        self._first: Run | None = None
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    def __iter__(self) -> Iterator[Run]:
+        run = self._first
+        while run is not None:
+            yield run
+            run = run.after
+
+    def add(self, run: Run) -> None:
+        run.after, run.before = self._first, None
+        if self._first is not None:
+            self._first.before = run
+        self._first = run
+
+    def remove(self, run: Run) -> None:
+        if run.before is not None:
+            run.before.after = run.after
+        else:
+            self._first = run.after
+        if run.after is not None:
+            run.after.before = run.before
+        run.before = run.after = None
 
 
 class ClientSession:
@@ -30,7 +63,7 @@ class ClientSession:
         self.secret = secret
         self.route: Route | None = route
         self.last_seen = now
-        self.runs: dict[bytes, Run] = {}
+        self.runs = RunChain()
         self.is_closed = False
         self.last_seq = self.sent_seq = 0
         self.outbox: deque[Results | Partial] = deque()

@@ -59,12 +59,15 @@ class Run:
     """A submission: what is common to its rows, and the pieces without an outcome."""
 
     __slots__ = (
-        "arrived", "block", "cost_ms", "deadline", "followers", "id", "kernel", "key", "num_bytes", "num_open", "num_rows",
-        "pieces", "priority", "queue", "request", "scalars", "seq", "session", "traceparent", "wants_partials",
+        "after", "arrived", "before", "block", "cost_ms", "deadline", "followers", "id", "kernel", "key", "num_bytes",
+        "num_open", "num_rows", "pieces", "priority", "queue", "request", "scalars", "seq", "session", "traceparent",
+        "wants_partials",
     )  # fmt: skip
 
     def __init__(self, session: "ClientSession", run_id: bytes, kernel: str, num_rows: int, seq: int, arrived: float) -> None:
         self.session = session
+        self.before: Run | None = None
+        self.after: Run | None = None
         self.id = run_id
         self.kernel = kernel
         self.num_rows = self.num_open = num_rows

@@ -4,9 +4,10 @@ Knows how a declared message becomes frames and back, and refuses everything els
 any particular message: those are in `protocol.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, TypeVar, cast, dataclass_transform
 
 import msgpack
@@ -19,6 +20,7 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_ROWS = 4096
 MAX_FRAMES = 2 * MAX_ROWS + 8
 MAX_TEXT = 4096
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class ProtocolError(Exception):
@@ -64,7 +66,7 @@ class Kind:
 def wire(kind: Kind, default: Any = MISSING) -> Any:
     """A dataclass field that travels in the header as `kind`; left out on the wire when it equals `default`."""
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"kind": kind, "default": default})
+        return field(default_factory=lambda: EMPTY, metadata={"kind": kind, "default": EMPTY})
     return field(default=default, metadata={"kind": kind, "default": default})
 
 
