@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser().parse_args(arguments))
+    # Threads of torch that spin between batches take the cores of broker and clients: embedding ran at a third of its speed.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if given.pop("list_devices"):
         from penstock.worker import devices
 

@@ -1,0 +1,68 @@
+"""What `penstock up` decides; processes are in tests/e2e."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.broker.address import Address, AddressError
+from penstock.broker.settings import SettingsError
+from penstock.client.cli import up
+from penstock.client.cli.up import Child, UpConfig, find_address, worker_command
+
+ADDRESS = Address("ipc:///tmp/x")
+
+
+def test_pauses_double_and_end_at_a_minute() -> None:
+    child = Child("w", [])
+    pauses = [child.plan_restart(1, now=float(i)) for i in range(9)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert child.restart_at == 68.0
+    child.started_at = 1000.0
+    assert child.plan_restart(1, now=1070.0) == 1  # it ran for a minute
+
+
+def test_a_broken_device_gets_a_fresh_process_at_once_but_not_again_and_again() -> None:
+    child = Child("w", [])
+    assert [child.plan_restart(86, now=0.0) for _ in range(3)] == [0, 2, 4]
+
+
+def test_where_the_broker_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    env = {"XDG_RUNTIME_DIR": "/run/me"}
+    assert find_address(None, None, env).url == "ipc:///run/me/penstock"
+    (tmp_path / "penstock.toml").write_text('[broker]\nurl = "ipc:///from/file"\n')
+    assert find_address(None, None, env).url == "ipc:///from/file"
+    env["PENSTOCK_BROKER_URL"] = "ipc:///from/broker"
+    assert find_address(None, None, env).url == "ipc:///from/broker"
+    env["PENSTOCK_URL"] = "ipc:///from/env"
+    assert find_address(None, None, env).url == "ipc:///from/env"
+    assert find_address("tcp://127.0.0.1:7700", None, env).url == "tcp://127.0.0.1:7700"
+    with pytest.raises(AddressError):
+        find_address("nonsense", None, env)
+
+
+@pytest.mark.parametrize("content", ["[broker", "broker = 3"])
+def test_a_broken_file_is_one_line(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text(content)
+    for path in (file, tmp_path / "missing.toml"):
+        with pytest.raises(SettingsError, match=path.name):
+            find_address(None, path, {})
+
+
+def test_what_workers_are_told() -> None:
+    config = UpConfig(ADDRESS, kernels=("a", "b.py"), options=("embed.model=/m",), file=Path("p.toml"))
+    command = worker_command(config, "worker-2", "cuda:1", 4)
+    assert command[:5] == [sys.executable, "-P", "-m", "penstock.worker", "--broker"]
+    words = " ".join(command[5:])
+    assert words.startswith("ipc:///tmp/x --name worker-2 --parent ")
+    assert words.endswith("--device cuda:1 --threads 4 --kernels a --kernels b.py --option embed.model=/m --config p.toml")
+    plain = worker_command(UpConfig(ADDRESS), "worker-1", None, None)
+    assert "--device" not in plain
+    assert "--threads" not in plain
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [up._threads_each(n) for n in (0, 1, 2, 3, 16)] == [None, None, 4, 2, 1]
