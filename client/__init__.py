@@ -8,8 +8,10 @@
 Importing it never imports torch.
 """
 
-from penstock.client.aio import AsyncClient, AsyncStream, AsyncTask
+from penstock.client.aio import AsyncClient
+from penstock.client.aio_task import AsyncStream, AsyncTask
 from penstock.client.client import Client
+from penstock.client.completed import as_completed
 from penstock.client.config import ClientConfig
 from penstock.client.errors import (
     Cancelled,
@@ -28,7 +30,7 @@ from penstock.client.errors import (
     WorkerLost,
 )  # fmt: skip
 from penstock.client.executor import Executor
-from penstock.client.task import Stream, Task, as_completed
+from penstock.client.task import Stream, Task
 
 __all__ = [
     "AsyncClient", "AsyncStream", "AsyncTask", "Cancelled", "Client", "ClientConfig", "Conflict", "Dead",

@@ -4,19 +4,17 @@ The loop watches the socket's descriptor; every change ends in `turn`, which dra
 """
 
 import asyncio
-import logging
 import math
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from penstock.broker.wire import Message
-from penstock.client.errors import Unavailable, from_wire
 from penstock.client.link import Link
+from penstock.client.news import safely
 from penstock.client.run import Run
-from penstock.client.session import ENDED, Request, Session
-
-log = logging.getLogger("penstock.client")
+from penstock.client.session import Session
 
 
 class AsyncLine:
@@ -54,15 +52,14 @@ class AsyncLine:
         """
         self.check_usable()
         session = self.session
-        if session.epoch is not None:
+        if session.has_met_broker:
             return
         self._loop = asyncio.get_running_loop()
         session.open(time.monotonic())
-        is_up = await self.wait(lambda: session.epoch is not None or session.state == ENDED, self._connect_timeout)
+        is_up = await self.wait(lambda: session.has_met_broker, self._connect_timeout)
         self.check_usable()
         if not is_up:
-            why = f" ({session.last_fault})" if session.last_fault else ""
-            raise Unavailable(f"no broker at {self._where}{why}; start one with `penstock up`")
+            raise session.unreachable(self._where)
 
     async def wait(self, is_done: Callable[[], bool], timeout: float | None) -> bool:
         """Until `is_done()`; False if `timeout` (seconds) was over first."""
@@ -88,21 +85,20 @@ class AsyncLine:
         """Until the row has its outcome."""
         assert self._loop is not None
         future = self._loop.create_future()
-        if self.session.watch(run, row, lambda: None if future.done() else future.set_result(None)):
+        if self.session.news.watch(run, row, lambda: None if future.done() else future.set_result(None)):
             self.flush_soon()
             await future
 
     async def send(self, run: Run) -> None:
         """Put a run on the line, waiting while too much waits already."""
-        session = self.session
-        if not session.has_room(run.num_rows, run.nbytes):
-            left = run.deadline - time.monotonic()
-            await self.wait(lambda: session.has_room(run.num_rows, run.nbytes), None if left == math.inf else left)
-        session.send(run, time.monotonic())
+        backlog = self.session.backlog
+        if not backlog.has_room(run.num_rows, run.nbytes):
+            await self.wait(lambda: backlog.has_room(run.num_rows, run.nbytes), run.deadline - time.monotonic())
+        self.session.send(run, time.monotonic())
         self.turn()
 
-    async def ask(self, make: Callable[[int], Message], timeout: float | None) -> Request:
-        """Put a question and wait for the reply.
+    async def ask(self, make: Callable[[int], Message], timeout: float | None) -> dict[str, Any]:
+        """Put a question and wait for the reply's body.
 
         Raises:
             TimeoutError: none came in time.
@@ -113,9 +109,7 @@ class AsyncLine:
         if not await self.wait(lambda: request.is_done, timeout):
             self.session.forget(request)
             raise TimeoutError("the broker did not answer in time")
-        if request.error is not None:
-            raise from_wire(request.error)
-        return request
+        return request.answer()
 
     def flush_soon(self) -> None:
         """Once this turn of the loop is over, and all its tasks are in: nothing waits for company any more."""
@@ -128,10 +122,16 @@ class AsyncLine:
         self.session.flush()
         self.turn()
 
+    def cancel(self, run: Run, start: int, stop: int) -> None:
+        """Ask for the end of rows [start, stop), without waiting for it."""
+        self.check_usable()
+        self.session.cancel(run, start, stop)
+        self.turn()
+
     def abandon(self, run: Run) -> None:
         """Cancel a run that nobody waits for any more."""
         if not self._is_closed and run.num_open:
-            self.session.cancel(run, 0, run.num_rows, time.monotonic())
+            self.session.cancel(run, 0, run.num_rows)
             self.turn()
 
     def turn(self) -> None:
@@ -139,12 +139,12 @@ class AsyncLine:
         if self._is_closed or self._loop is None:
             return
         self._link.turn()
-        session = self.session
-        if session.changed:
-            for callback in session.callbacks():
-                callback()
-        if session.num_events != self._seen_events:
-            self._seen_events = session.num_events
+        news = self.session.news
+        if news.changed:
+            for callback in news.callbacks():
+                safely(callback)
+        if news.num_events != self._seen_events:
+            self._seen_events = news.num_events
             for is_done, future in self._waiters:
                 if not future.done() and is_done():
                     future.set_result(None)
@@ -158,7 +158,7 @@ class AsyncLine:
             self._fd, self._watched_socket = self._link.fileno(), self._link.num_sockets
             self._loop.add_reader(self._fd, self.turn)
             self._loop.call_soon(self.turn)  # asking for the descriptor may have swallowed an edge
-        due = self.session.next_deadline()
+        due = self._link.due
         if due < self._timer_at - 0.0005:
             if self._timer is not None:
                 self._timer.cancel()

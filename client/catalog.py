@@ -4,11 +4,13 @@ Knows specs and plans; does not know how the answers come.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from penstock.client.convert import Plan
-from penstock.client.errors import UnknownKernel
+from penstock.client.errors import DeadlineExceeded, UnknownKernel
+from penstock.client.plan import Plan
+from penstock.client.run import Options, deadline_of
 
 log = logging.getLogger("penstock.client")
 
@@ -48,3 +50,49 @@ class Catalog:
         if body.get("is_settled", True):
             known = ", ".join(sorted(self.specs)) or "none: no worker is there"
             raise UnknownKernel(f"no kernel {kernel!r}; known: {known}")
+
+
+class Search:
+    """The search for one kernel through one answer to `status` after another, while workers may still be starting.
+
+    Whoever searches asks and waits; this says for how long. `now` is monotonic seconds.
+    """
+
+    def __init__(self, catalog: Catalog, kernel: str, options: Options, now: float) -> None:
+        self._catalog = catalog
+        self._kernel = kernel
+        self._until = deadline_of(options, now)
+        self._pause_s = FIRST_PAUSE_S
+        self._why = "the broker has not said which kernels it has"
+
+    def time_left(self, now: float) -> float | None:
+        """Seconds; None if there is no limit."""
+        return None if self._until == math.inf else self._until - now
+
+    def look(self, body: Mapping[str, Any], version: int) -> Plan | None:
+        """Take in a reply, asked for at `version`.
+
+        Raises:
+            UnknownKernel: the kernel is not there, and no worker is still starting.
+        """
+        self._catalog.update(body, version)
+        plan = self._catalog.get(self._kernel, version)
+        if plan is None:
+            self._catalog.check_coming(self._kernel, body)
+            self._why = f"no worker offers kernel {self._kernel!r} yet"
+        return plan
+
+    def pause(self, now: float) -> float:
+        """Seconds until it is worth asking again, a little longer each time.
+
+        Raises:
+            DeadlineExceeded: the time limit is over.
+        """
+        left = self._until - now
+        if left <= 0:
+            raise self.time_is_over()
+        pause, self._pause_s = min(self._pause_s, left), min(MAX_PAUSE_S, self._pause_s * 2)
+        return pause
+
+    def time_is_over(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the time limit is over; {self._why}")

@@ -1,8 +1,16 @@
 """The client's settings. Knows their meaning, units and bounds; `penstock.broker.settings` knows where they come from."""
 
+import dataclasses
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
+from penstock.broker import settings
 from penstock.broker.wire import MAX_ROWS
+from penstock.client.options import UNCHANGED, check_timeout
+
+MAX_NAME: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +49,15 @@ class ClientConfig:
         for name in ("flush_s", "grace_s", "linger_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}")
+
+    @property
+    def shown_name(self) -> str:
+        return (self.name or Path(sys.argv[0] or "python").name or "python")[:MAX_NAME]
+
+
+def configure(config: ClientConfig | None, *, timeout: float | None = UNCHANGED, **overrides: Any) -> ClientConfig:
+    """Arguments > environment > penstock.toml > default; a whole `config` instead is taken as it is."""
+    if config is not None:
+        return config
+    loaded = settings.load(ClientConfig, "client", overrides=overrides)
+    return loaded if timeout is UNCHANGED else dataclasses.replace(loaded, timeout=check_timeout(timeout))

@@ -6,14 +6,15 @@ a second `result()` of the same task shows again.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from penstock.broker.columns import BLOBS, Block
+from penstock.broker.columns import BLOBS, Block, view
 from penstock.client.arrays import NUMPY_DTYPES, Array
-from penstock.client.run import Part
+from penstock.client.errors import from_wire
+from penstock.client.run import Part, Run, same_part
 
 
 def _widen(bits: Array) -> Array:
@@ -34,8 +35,7 @@ def column_decoder(block: Block, index: int, is_torch: bool) -> Callable[[int], 
         return lambda row: bytes(block.row(index, row))
     dtype, bits = column.dtype, _bits_dtype(column.dtype)
     if lengths is None and not column.is_framed:
-        data = block.column(index, 0, block.num_rows)
-        whole = np.frombuffer(data, bits).reshape(block.num_rows, *column.shape)
+        whole = np.frombuffer(_packed(block, index), bits).reshape(block.num_rows, *column.shape)
         if not is_torch and dtype != "bfloat16" and column.shape:
             return lambda row: whole[row].copy()
         return lambda row: finish(whole[row, ...].copy(), dtype, is_torch)
@@ -48,6 +48,11 @@ def column_decoder(block: Block, index: int, is_torch: bool) -> Callable[[int], 
         return finish(array, dtype, is_torch)
 
     return decode
+
+
+def _packed(block: Block, index: int) -> Any:
+    """The bytes of all rows of a packed column; the layout of a block with a single one need not be worked out."""
+    return view(block.frames[0]) if block.layout.is_plain else block.column(index, 0, block.num_rows)
 
 
 def _decoder(block: Block, is_torch: bool) -> Callable[[int], Any]:
@@ -80,13 +85,29 @@ def decode_rows(part: Part, start: int, stop: int, is_torch: bool) -> Iterable[A
     return (decode(part, row, is_torch) for row in range(start, stop))
 
 
+def values_of(run: Run, return_exceptions: bool) -> Iterator[Any]:
+    """The values of a closed run's rows, in order; an error is raised, or yielded."""
+    row, slots, is_torch = 0, run.slots, run.shape.is_torch
+    while row < run.num_rows:
+        part, stop = slots[row], same_part(slots, row)
+        assert part is not None
+        if part.error is None:
+            yield from decode_rows(part, row, stop, is_torch)
+        elif return_exceptions:
+            for _ in range(row, stop):
+                yield from_wire(part.error)
+        else:
+            raise from_wire(part.error)
+        row = stop
+
+
 def column_rows(block: Block, index: int, start: int, stop: int) -> Array | None:
     """Rows of a packed tensor column of fixed shape as one array (bfloat16 as bits), uncopied; else None."""
     column = block.columns[index]
     if column.is_framed or column.is_ragged or column.dtype in BLOBS:
         return None
-    bits = np.frombuffer(block.column(index, start, stop), _bits_dtype(column.dtype))
-    return bits.reshape(stop - start, *column.shape)
+    bits = np.frombuffer(_packed(block, index), _bits_dtype(column.dtype))
+    return bits.reshape(block.num_rows, *column.shape)[start:stop]
 
 
 def finish(array: Array, dtype: str, is_torch: bool) -> Any:

@@ -1,20 +1,20 @@
-"""Many tasks from one array: `map_rows` splits its arguments into runs and stacks their results again.
+"""Many tasks from one array: `map_rows` cuts its arguments into pieces that travel as runs; `stack.py` puts the results
+together again.
 
-Knows numpy and blocks; does not know sessions or sockets.
+Knows numpy and columns; does not know sessions or sockets.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from penstock.broker.columns import Block, Column, Lengths
+from penstock.broker.columns import Column, Lengths
 from penstock.client.arrays import Array, is_torch_tensor
-from penstock.client.convert import Plan, RowInput, TensorInput
-from penstock.client.errors import InvalidInput, PenstockError, from_wire
-from penstock.client.outputs import column_decoder, column_rows, finish
-from penstock.client.run import Part, Row, Run, Shape, same_part
+from penstock.client.errors import InvalidInput
+from penstock.client.inputs import Payload, RowInput, TensorInput
+from penstock.client.plan import Plan
+from penstock.client.run import Row, Shape
 
 
 class _ArraySource:
@@ -71,7 +71,7 @@ class RowsInput:
         plan.check_names(arguments)
         self._plan = plan
         self._sources = [_source(declared, arguments[declared.name]) for declared in plan.payload]
-        self._is_torch = any(is_torch_tensor(arguments[declared.name]) for declared in plan.payload)
+        self.is_torch = any(is_torch_tensor(arguments[declared.name]) for declared in plan.payload)
         counts = {d.name: s.num_rows for d, s in zip(plan.payload, self._sources, strict=True)}
         given = [declared for declared in plan.rows if declared.name in arguments]
         columns = {d.name: _numbers(d, arguments[d.name]) for d in given}
@@ -98,7 +98,7 @@ class RowsInput:
         return tuple(source.column(row) for source in self._sources)
 
     def _shape(self, row: int) -> Shape:
-        return self._plan.shape(self._columns(row), self._statics, tuple(self._scalars), self._is_torch)
+        return self._plan.shape(self._columns(row), self._statics, tuple(self._scalars), self.is_torch)
 
     def _stop(self, start: int, max_rows: int, max_bytes: int) -> tuple[int, int]:
         """Where the piece from `start` on ends, and its bytes: equal columns, within the bounds, at least one row."""
@@ -115,7 +115,7 @@ class RowsInput:
         return stop, nbytes
 
 
-def _source(declared: Any, value: Any) -> _Source:
+def _source(declared: Payload, value: Any) -> _Source:
     if isinstance(declared, TensorInput):
         many = declared.many(value)
         if many is not None:
@@ -134,93 +134,3 @@ def _numbers(declared: RowInput, value: Any) -> list[float] | float:
     if isinstance(value, list | tuple):
         return [declared.one(v) for v in value]
     return declared.one(value)
-
-
-class Stack:
-    """Puts the outputs of `num_rows` tasks together: per output an array `[num_rows, ...]`, or a list where shapes differ."""
-
-    def __init__(self, num_rows: int, is_torch: bool) -> None:
-        self._num_rows = num_rows
-        self._is_torch = is_torch
-        self._outputs: dict[str, list[Any] | None] = {}
-        self._arrays: dict[str, tuple[Column, Array]] = {}
-
-    def add(self, run: Run, first: int) -> None:
-        """Take the outcomes of a closed run whose first row is number `first`.
-
-        Raises:
-            PenstockError: that of the first row that failed; its notes name the row.
-        """
-        row, slots = 0, run.slots
-        while row < run.num_rows:
-            part = slots[row]
-            assert part is not None
-            stop = same_part(slots, row)
-            if part.error is not None:
-                raise noted(from_wire(part.error), first + row)
-            self._add_part(part, first + row, row, stop)
-            row = stop
-
-    def _add_part(self, part: Part, at: int, start: int, stop: int) -> None:
-        block = part.block
-        assert block is not None
-        begin, end = part.base + start - part.start, part.base + stop - part.start
-        for index, column in enumerate(block.columns):
-            rows = column_rows(block, index, begin, end)
-            if rows is None or not self._place(column, rows, at):
-                self._append(block, index, at, range(begin, end))
-
-    def _place(self, column: Column, rows: Array, at: int) -> bool:
-        """Into the array of this output, if it still is one and fits."""
-        if column.name not in self._arrays:
-            if column.name in self._outputs:
-                return False
-            array = np.empty((self._num_rows, *column.shape), rows.dtype)
-            self._arrays[column.name] = (column, array)
-            self._outputs[column.name] = None
-        known, array = self._arrays[column.name]
-        if known.shape != column.shape or known.dtype != column.dtype:
-            return False
-        array[at : at + len(rows)] = rows
-        return True
-
-    def _append(self, block: Block, index: int, at: int, rows: range) -> None:
-        """As single values: ragged, text, or of a shape that differs from the rows before."""
-        column = block.columns[index]
-        if self._outputs.get(column.name) is None:
-            values: list[Any] = []
-            if column.name in self._arrays:
-                known, array = self._arrays.pop(column.name)
-                values = [finish(array[i, ...].copy(), known.dtype, self._is_torch) for i in range(at)]
-            self._outputs[column.name] = values
-        output = self._outputs[column.name]
-        assert output is not None
-        decode = column_decoder(block, index, self._is_torch)
-        output += [decode(row) for row in rows]
-
-    def result(self) -> Any:
-        """The bare output if it is called "out", else a dict; an empty list if there were no rows."""
-        if not self._num_rows:
-            return []
-        made: dict[str, Any] = {}
-        for name, values in self._outputs.items():
-            if values is None:
-                column, array = self._arrays[name]
-                made[name] = finish(array, column.dtype, self._is_torch)
-            else:
-                made[name] = _stacked(values)
-        return made["out"] if list(made) == ["out"] else made
-
-
-def _stacked(values: list[Any]) -> Any:
-    """Large rows come one by one: an array again if their shapes and dtypes are equal."""
-    if not isinstance(values[0], np.ndarray):
-        if is_torch_tensor(values[0]) and len({(v.shape, v.dtype) for v in values}) == 1:
-            return sys.modules["torch"].stack(values)
-        return values
-    return np.stack(values) if len({(v.shape, v.dtype) for v in values}) == 1 else values
-
-
-def noted(error: PenstockError, row: int) -> PenstockError:
-    error.add_note(f"row {row} of the array")
-    return error

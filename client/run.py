@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from penstock.broker.columns import Block, Buffer, Column, Lengths, pack
+from penstock.broker.columns import Block, Buffer, Column, Layout, Lengths, pack
 from penstock.broker.protocol import DEFAULT_PRIORITY, Error, Outcome
 
 PENDING: Final = 0
@@ -36,13 +36,14 @@ class Options:
 class Shape:
     """What rows of one run have in common. Compared by identity: `Plan` makes one object per combination."""
 
-    __slots__ = ("columns", "is_torch", "kernel", "max_rows", "scalars", "statics")
+    __slots__ = ("columns", "is_torch", "kernel", "layout", "max_rows", "scalars", "statics")
 
     def __init__(
         self, kernel: str, columns: tuple[Column, ...], statics: bytes, scalars: tuple[str, ...], is_torch: bool
     ) -> None:
         self.kernel = kernel
         self.columns = columns
+        self.layout = Layout.of(columns)
         self.statics = statics
         self.scalars = scalars
         self.is_torch = is_torch
@@ -92,7 +93,7 @@ class Part:
 
 
 class Watcher(Protocol):
-    """Is told of a run whenever rows of it get an outcome; called under the line's lock, so it only notes it."""
+    """Is told of a run whenever something happens to it; called under the line's lock, so it only notes it."""
 
     def append(self, run: "Run", /) -> object: ...
 
@@ -106,7 +107,7 @@ class Run:
 
     __slots__ = (
         "__weakref__", "accepted", "block", "callbacks", "cancels", "chunks", "deadline", "entry", "id", "is_again",
-        "key", "nbytes", "num_open", "num_rows", "options", "pieces", "refused", "scalars", "shape", "slots", "state",
+        "key", "nbytes", "num_open", "num_rows", "options", "pieces", "scalars", "shape", "slots", "state",
         "wants_partials", "watchers",
     )  # fmt: skip
 
@@ -146,30 +147,35 @@ class Run:
             self.slots.extend([None] * row.num_rows)
         return first
 
+    def fill(self, rows: list[Row], nbytes: int) -> None:
+        """Take in all its rows at once: one task each, `nbytes` together."""
+        self.pieces, self.nbytes = rows, nbytes
+        self.num_rows = self.num_open = len(rows)
+        self.slots = [None] * len(rows)
+
     def seal(self) -> None:
         """No more rows: lay them out as the block that travels."""
         pieces, shape = self.pieces, self.shape
-        if len(pieces) == 1:
-            row = pieces[0]
-            columns = list(zip(shape.columns, row.lengths, row.buffers, strict=True))
-            scalars = row.scalars
+        if shape.layout.is_plain:
+            buffers: list[Any] = [buffer for piece in pieces for buffer in piece.buffers[0]]
+            frame = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+            self.block = Block(self.num_rows, shape.layout, shape.layout.no_lengths, [frame])
         else:
-            columns = [
-                (
-                    column,
-                    [n for p in pieces for n in p.lengths[i] or ()] if column.is_ragged else None,
-                    [b for p in pieces for b in p.buffers[i]],
-                )
-                for i, column in enumerate(shape.columns)
-            ]
-            scalars = [[v for p in pieces for v in p.scalars[i]] for i in range(len(shape.scalars))]
-        self.block = pack(columns, self.num_rows)
-        self.scalars = {
-            name: values[0] if values.count(values[0]) == len(values) else list(values)
-            for name, values in zip(shape.scalars, scalars, strict=True)
-        }
+            self.block = pack(
+                [
+                    (
+                        column,
+                        [n for piece in pieces for n in piece.lengths[i] or ()] if column.is_ragged else None,
+                        [buffer for piece in pieces for buffer in piece.buffers[i]],
+                    )
+                    for i, column in enumerate(shape.columns)
+                ],
+                self.num_rows,
+            )
+        for i, name in enumerate(shape.scalars):
+            values = [value for piece in pieces for value in piece.scalars[i]]
+            self.scalars[name] = values[0] if values.count(values[0]) == len(values) else values
         self.pieces = []
-        self.state = WAITING
 
     def settle(self, start: int, stop: int, part: Part) -> int:
         """Give the rows [start, stop) that are still open their outcome; how many those were comes back."""
@@ -189,9 +195,6 @@ class Run:
         self.state = CLOSED
         self.block = None
         self.pieces = []
-        if self.entry is not None:
-            self.entry[2] = None
-            self.entry = None
 
 
 def same_part(slots: Sequence[Part | None], row: int) -> int:
@@ -204,50 +207,3 @@ def same_part(slots: Sequence[Part | None], row: int) -> int:
 
 def deadline_of(options: Options, now: float) -> float:
     return math.inf if options.timeout is None else now + options.timeout
-
-
-class Bundler:
-    """Puts converted rows into runs, in order: a new run where the shape changes or one is full.
-
-    `draw()` gives submission ids.
-    """
-
-    __slots__ = ("_draw", "_limit", "_max_bytes", "_max_rows", "_nbytes", "_options", "_rows", "_shape", "started")
-
-    def __init__(self, options: Options, max_rows: int, max_bytes: int, draw: Callable[[], bytes]) -> None:
-        self._options = options
-        self._max_rows = max_rows
-        self._max_bytes = max_bytes
-        self._draw = draw
-        self._rows: list[Row] = []
-        self._shape: Shape | None = None
-        self._limit = self._nbytes = 0
-        self.started = math.inf
-
-    def add(self, row: Row, now: float) -> Run | None:
-        """Take a row; a run that is complete comes back: the one before, or the row's own if it is full now."""
-        rows, done = self._rows, None
-        if rows and (
-            row.shape is not self._shape or len(rows) >= self._limit or self._nbytes + row.nbytes > self._max_bytes
-        ):
-            done = self.flush()
-            rows = self._rows
-        rows.append(row)
-        self._nbytes += row.nbytes
-        num_rows = len(rows)
-        if num_rows == 1:
-            self._shape, self.started = row.shape, now
-            self._limit = min(self._max_rows, row.shape.max_rows)
-        return self.flush() if num_rows >= self._limit and done is None else done
-
-    def flush(self) -> Run | None:
-        """The run that was begun, if there is one."""
-        rows, shape = self._rows, self._shape
-        if not rows or shape is None:
-            return None
-        run = Run(self._draw(), shape, self._options, deadline_of(self._options, self.started))
-        run.pieces, run.nbytes = rows, self._nbytes
-        run.num_rows = run.num_open = len(rows)
-        run.slots = [None] * len(rows)
-        self._rows, self._nbytes, self.started = [], 0, math.inf
-        return run

@@ -173,3 +173,33 @@ def test_no_broker(tmp_ipc):
                 await ps.call("echo", x=X)
 
     asyncio.run(main())
+
+
+def test_a_map_that_is_given_up_while_it_waits_for_room_leaves_nothing_behind(tmp_ipc):
+    async def work(ps):
+        held = [await ps.submit("hold", x=X) for _ in range(3)]
+
+        async def consume():
+            return [v async for v in ps.map("hold", [{"x": X}] * 10)]
+
+        consumer = asyncio.create_task(consume())
+        while not ps._line._waiters:
+            await asyncio.sleep(0.002)
+        consumer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await consumer
+        ps._line.session.check()
+        assert await ps.cancel(held) == 3
+
+    with FakeBroker(tmp_ipc, window=(1, 1 << 20)) as fake:
+        run(fake, work, config=ClientConfig(max_waiting=2))
+
+
+def test_a_callback_that_raises_does_not_stop_the_others(fake, caplog):
+    async def work(ps):
+        task = await ps.submit("echo", x=X)
+        task.add_done_callback(lambda _: 1 / 0)
+        np.testing.assert_array_equal(await task.result(5), X)
+
+    run(fake, work)
+    assert "a callback of a task failed" in caplog.text

@@ -14,11 +14,13 @@ from hypothesis.extra import numpy as hnp
 
 from penstock.broker.columns import Block
 from penstock.client.arrays import NUMPY_DTYPES
-from penstock.client.convert import Plan
+from penstock.client.bundler import Bundler
 from penstock.client.errors import InvalidInput
 from penstock.client.outputs import decode
-from penstock.client.rows import RowsInput, Stack
-from penstock.client.run import Bundler, Options, Part, Run
+from penstock.client.plan import Plan
+from penstock.client.rows import RowsInput
+from penstock.client.run import Options, Part, Run
+from penstock.client.stack import Stack
 
 PLANS = {name: Plan(name, spec) for name, spec in SPECS.items()}
 
@@ -184,8 +186,8 @@ def test_equal_settings_give_equal_bytes_in_any_order():
 
 
 def rows_through(kernel: str, **arguments: Any) -> tuple[Any, list[int]]:
-    rows, first = RowsInput(PLANS[kernel], arguments), 0
-    stack: Stack | None = None
+    rows = RowsInput(PLANS[kernel], arguments)
+    stack = Stack(rows.num_rows, rows.is_torch)
     sizes = []
     for row in rows.cut(4, 300_000):
         run = Run(b"i" * 16, row.shape, Options(), 0.0)
@@ -194,11 +196,8 @@ def rows_through(kernel: str, **arguments: Any) -> tuple[Any, list[int]]:
         assert run.block is not None
         assert run.nbytes == run.block.nbytes
         run.settle(0, run.num_rows, Part(0, 0, renamed(travel(run.block))))
-        stack = stack or Stack(rows.num_rows, run.shape.is_torch)
-        stack.add(run, first)
-        first += run.num_rows
+        stack.add(run)
         sizes.append(run.num_rows)
-    assert stack is not None
     return stack.result(), sizes
 
 

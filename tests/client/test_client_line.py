@@ -260,16 +260,16 @@ def test_a_forked_child_is_told(ps):
 
 def test_an_idle_client_hardly_wakes_up(fake, ps):
     ps.call("echo", x=X)
-    turns = ps._line._num_turns
+    turns = ps._line.num_turns
     time.sleep(1.5)
-    assert ps._line._num_turns - turns <= 4
+    assert ps._line.num_turns - turns <= 4
 
 
 def test_a_loop_of_calls_never_rings_the_pump(fake, ps, monkeypatch):
     ps.call("echo", x=X)
     rings = []
-    bell = ps._line._pump_bell
-    monkeypatch.setattr(ps._line, "_pump_bell", type("Bell", (), {"ring": lambda _: rings.append(1), "fileno": bell.fileno})())
+    bell = ps._line.pump.bell
+    monkeypatch.setattr(ps._line.pump, "bell", type("Bell", (), {"ring": lambda _: rings.append(1), "fileno": bell.fileno})())
     for _ in range(200):
         ps.call("echo", x=X)
     assert len(rings) <= 1

@@ -13,9 +13,10 @@ from penstock.broker import protocol
 from penstock.broker.protocol import Code, Error
 from penstock.broker.wire import decode, encode
 from penstock.client.config import ClientConfig
-from penstock.client.convert import Plan
+from penstock.client.connection import GREETING, READY
+from penstock.client.plan import Plan
 from penstock.client.run import CLOSED, PENDING, SENT, WAITING, Options, Run
-from penstock.client.session import GREETING, READY, Session
+from penstock.client.session import Session
 
 PLANS = {name: Plan(name, spec) for name, spec in SPECS.items()}
 PLAIN = Options(timeout=None)
@@ -34,7 +35,7 @@ class Rig:
     def attached(self) -> "Rig":
         self.session.open(self.now)
         self.exchange()
-        assert self.session.state == READY
+        assert self.session.connection.state == READY
         self.broker.log.clear()
         return self
 
@@ -62,7 +63,7 @@ class Rig:
         self.now += seconds
         self.session.tick(self.now)
         self.session.check()
-        if self.session.must_reconnect:
+        if self.session.connection.must_reconnect:
             self.reconnect()
 
     def reconnect(self) -> None:
@@ -186,7 +187,7 @@ def test_past_the_credit_submissions_wait_and_go_on_when_it_comes():
     rig.broker.release(1)
     rig.exchange()
     assert [r.state for r in runs] == [CLOSED, SENT, SENT]
-    assert rig.session.waiting_rows == 1
+    assert rig.session.backlog.num_rows == 1
 
 
 def test_credit_in_bytes_holds_too_and_a_lone_giant_is_sent_to_be_refused():
@@ -215,11 +216,11 @@ def test_the_room_for_waiting_tasks_is_bounded():
     for _ in range(4):
         rig.submit()
     rig.send()
-    assert rig.session.waiting_rows == 3
-    assert not rig.session.has_room(1, 16)
+    assert rig.session.backlog.num_rows == 3
+    assert not rig.session.backlog.has_room(1, 16)
     rig.broker.release()
     rig.exchange()
-    assert rig.session.has_room(1, 16)
+    assert rig.session.backlog.has_room(1, 16)
 
 
 def test_the_wire_carries_what_remains_and_waiting_tasks_end_on_their_instant():
@@ -290,9 +291,9 @@ def test_a_seq_that_was_there_is_dropped():
     rig.send()
     (_, frames), = rig.broker.out
     rig.session.receive(frames, rig.now)
-    events = rig.session.num_events
+    events = rig.session.news.num_events
     rig.session.receive(frames, rig.now)
-    assert rig.session.num_events == events
+    assert rig.session.news.num_events == events
     assert codes(run) == ["ok"]
 
 
@@ -301,7 +302,7 @@ def test_a_gap_asks_for_what_is_missing():
     runs = [rig.submit("echo")[0] for _ in range(3)]
     rig.broker.out.pop(1)
     rig.deliver()
-    assert rig.session.state == GREETING
+    assert rig.session.connection.state == GREETING
     rig.exchange()
     assert [codes(r) for r in runs] == [["ok"]] * 3
 
@@ -372,11 +373,11 @@ def test_silence_makes_a_new_socket_but_only_while_something_is_open():
     for _ in range(3):
         rig.advance(1.0)
         rig.send()
-    assert (rig.peer, rig.session.state) == (1, GREETING)
+    assert (rig.peer, rig.session.connection.state) == (1, GREETING)
     rig.broker.is_mute = False
     rig.advance(6.0)
     rig.exchange()
-    assert rig.session.state == READY
+    assert rig.session.connection.state == READY
     rig.broker.release()
     rig.exchange()
     assert codes(run) == ["ok"]
@@ -423,7 +424,7 @@ def test_cancel_at_once_while_waiting_and_by_asking_when_sent():
     sent, waiting = rig.submit()[0], rig.submit()[0]
     rig.exchange()
     for run in (sent, waiting):
-        rig.session.cancel(run, 0, 1, rig.now)
+        rig.session.cancel(run, 0, 1)
     assert (codes(sent), codes(waiting)) == ([None], [Code.CANCELLED])
     rig.exchange()
     assert codes(sent) == [Code.CANCELLED]
@@ -434,7 +435,7 @@ def test_a_cancel_survives_a_reconnection():
     rig = Rig().attached()
     run, _ = rig.submit()
     rig.exchange()
-    rig.session.cancel(run, 0, 1, rig.now)
+    rig.session.cancel(run, 0, 1)
     rig.reconnect()
     rig.exchange()
     assert codes(run) == [Code.CANCELLED]
@@ -447,7 +448,7 @@ def test_one_cancelled_row_of_a_waiting_run():
     run, _ = rig.submit()
     assert rig.submit()[0] is run
     assert run.state == PENDING
-    rig.session.cancel(run, 0, 1, rig.now)
+    rig.session.cancel(run, 0, 1)
     assert codes(run) == [Code.CANCELLED, None]
     rig.session.flush()
     for _ in range(3):
@@ -486,6 +487,29 @@ def test_garbage_and_misfits_are_noted_and_nothing_else():
     assert codes(run) == [None]
 
 
+def test_what_cannot_travel_costs_no_credit():
+    rig = Rig(window=(2, 1 << 20)).attached()
+    huge = Options(timeout=None, key=bytes(1 << 17))  # more than a header holds
+    for _ in range(5):
+        run, _ = rig.submit("echo", options=huge)
+        assert codes(run) == [Code.INVALID]
+    run, _ = rig.submit("echo")
+    rig.exchange()
+    assert codes(run) == ["ok"]
+
+
+def test_nothing_is_sent_before_the_welcome():
+    rig = Rig().attached()
+    run, _ = rig.submit()
+    rig.exchange()
+    rig.reconnect()
+    assert [type(m) for m in rig.send()] == [protocol.Attach]
+    rig.session.cancel(run, 0, 1)
+    assert rig.send() == []
+    rig.exchange()
+    assert codes(run) == [Code.CANCELLED]
+
+
 def test_goodbye_from_the_broker_waits_for_the_next_one():
     rig = Rig().attached()
     run, _ = rig.submit()
@@ -513,7 +537,7 @@ def test_the_deadline_heap_is_compacted():
     for _ in range(500):
         rig.submit("echo", options=Options(timeout=60.0))
         rig.exchange()
-    assert len(rig.session._deadlines) <= 130
+    assert len(rig.session.submissions.deadlines) <= 130
 
 
 STEPS = st.lists(
@@ -562,7 +586,7 @@ def test_every_task_ends_exactly_once_whatever_is_lost(steps, window):
                 rig.advance(seconds)
             case ("cancel", index) if index < len(tasks):
                 run, row, _ = tasks[index]
-                rig.session.cancel(run, row, row + 1, rig.now)
+                rig.session.cancel(run, row, row + 1)
             case ("lose",):
                 rig.broker.out.clear()
                 rig.broker.drop_connections()
@@ -594,5 +618,5 @@ def test_every_task_ends_exactly_once_whatever_is_lost(steps, window):
         else:
             assert part.error.code in (Code.DEADLINE, Code.CANCELLED)
             assert part.error.code == Code.CANCELLED or run.deadline < math.inf
-    assert not rig.session._open
-    assert rig.session.waiting_rows == 0
+    assert not rig.session.submissions.flight.runs
+    assert rig.session.backlog.num_rows == 0

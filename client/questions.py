@@ -1,0 +1,67 @@
+"""Questions to the broker: `status` and `control`, and their replies.
+
+Knows who waits for which reply; does not know what is asked.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from penstock.broker.protocol import Error
+from penstock.broker.wire import Message
+from penstock.client.errors import from_wire
+
+
+class Request:
+    """A question, and its reply once it came."""
+
+    __slots__ = ("body", "error", "is_done", "message", "number")
+
+    def __init__(self, number: int, message: Message) -> None:
+        self.number = number
+        self.message = message
+        self.is_done = False
+        self.body: dict[str, Any] = {}
+        self.error: Error | None = None
+
+    def answer(self) -> dict[str, Any]:
+        """The body of the reply; raises what the broker answered instead."""
+        if self.error is not None:
+            raise from_wire(self.error)
+        return self.body
+
+
+class Questions:
+    """Those without a reply. They are asked again over a new connection."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, Request] = {}
+        self._num_asked = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, make: Callable[[int], Message]) -> Request:
+        """`make(request number)` is the message."""
+        self._num_asked += 1
+        request = self._open[self._num_asked] = Request(self._num_asked, make(self._num_asked))
+        return request
+
+    def forget(self, request: Request) -> None:
+        """Nobody waits for this reply any more."""
+        self._open.pop(request.number, None)
+
+    def settle(self, number: int, error: Error | None, body: dict[str, Any]) -> bool:
+        """A reply came; False if nobody waits for it."""
+        request = self._open.pop(number, None)
+        if request is None:
+            return False
+        request.is_done, request.error, request.body = True, error, body
+        return True
+
+    def end(self, error: Error) -> None:
+        """No replies will come."""
+        for number in list(self._open):
+            self.settle(number, error, {})
+
+    def messages(self) -> Iterator[Message]:
+        return (request.message for request in self._open.values())
