@@ -47,10 +47,14 @@ class Kernel:
         self._target = target
         self._takes: dict[str, frozenset[str]] = {}
         if "batch" in spec.modes:
-            self._takes["batch"] = frozenset(inspect.signature(target).parameters)
+            self._takes["batch"] = self._known_to(target)
         if "stream" in spec.modes:
-            self._takes["stream"] = frozenset(inspect.signature(target.open).parameters)
+            self._takes["stream"] = self._known_to(target.open)
         self._is_loaded = not spec.resident
+
+    def _known_to(self, function: Callable[..., Any]) -> frozenset[str]:
+        """What may be passed on to a function: its parameters, and every declared input."""
+        return frozenset(inspect.signature(function).parameters) | {name for name, _ in self.spec.inputs}
 
     def __repr__(self) -> str:
         return f"Kernel({self.spec.name!r}, from {self.source})"
@@ -107,9 +111,11 @@ class Kernel:
     def _call(self, mode: str, function: Callable[..., Any], given: dict[str, Any]) -> Any:
         self._require(mode)
         takes = self._takes[mode]
-        inputs = {name for name, _ in self.spec.inputs}
+        inputs = {name: value for name, value in given.items() if name in takes}
+        if not torch.is_grad_enabled():
+            return function(**inputs)
         with torch.no_grad():
-            return function(**{name: value for name, value in given.items() if name in takes or name in inputs})
+            return function(**inputs)
 
 
 def _checked(name: str, outputs: object) -> dict[str, Any]:

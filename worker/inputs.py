@@ -21,6 +21,7 @@ DTYPES = {
     "float64": torch.float64,
 }  # fmt: skip
 MAX_CACHED_STATICS = 256
+_VIEWED = frozenset(DTYPES) - {"bool"}  # any byte may come for a bool, and has to become 0 or 1
 
 Inputs = dict[str, Any]
 Scalars = Mapping[str, Any]
@@ -52,6 +53,8 @@ class Plan:
         self._blobs = [(name, kind) for name, kind in spec.inputs if isinstance(kind, Blob)]
         self._rows = [(name, kind) for name, kind in spec.inputs if isinstance(kind, Row)]
         self._statics = {name: kind for name, kind in spec.inputs if isinstance(kind, Static)}
+        # One tensor of equal shapes and nothing else: the case that is worth a short cut.
+        self._is_plain = not self._blobs and not self._rows and [t.ragged for _, t in self._tensors] == ["exact"]
         # The one dtype that Apple's devices do not have is the one that row scalars are promised in.
         self._row_dtype = torch.float32 if device.type == "mps" else torch.float64
         self._cache: dict[bytes, dict[str, StaticValue]] = {}
@@ -89,6 +92,13 @@ class Plan:
 
     def batch(self, blocks: Sequence[Block], scalars: Scalars) -> Inputs:
         """The batched inputs on the CPU, all but the statics. Raises InvalidInput."""
+        if self._is_plain and len(blocks) == 1 and blocks[0].layout.is_plain:
+            block, column = blocks[0], blocks[0].columns[0]
+            buffer = view(block.frames[0])
+            if column.name == self._tensors[0][0] and column.dtype in _VIEWED and len(buffer) and not buffer.readonly:
+                flat = torch.frombuffer(buffer, dtype=DTYPES[column.dtype])
+                if not flat.data_ptr() % flat.itemsize:
+                    return {column.name: flat.view(block.num_rows, *column.shape)}
         num_rows = blocks[0].num_rows if len(blocks) == 1 else sum(b.num_rows for b in blocks)
         inputs: Inputs = {}
         for name, tensor in self._tensors:

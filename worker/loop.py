@@ -4,6 +4,7 @@ Knows when to receive, run, send, wait and end; what messages mean is `link.py`'
 `work.py`'s. There is no hand-off between threads on a task's way: that would cost more than a small batch does.
 """
 
+import gc
 import logging
 import select
 import time
@@ -102,6 +103,8 @@ class Worker:
             from penstock.worker.work import Work  # torch is loaded while the broker knows us as starting
 
             self._work = Work(self._config, self._link, self._send)
+            gc.collect()
+            gc.freeze()  # torch's some hundred thousand objects are not walked again by every full collection
             engine = self._work.engine
             log.info(
                 "worker %s ready on %s: %d kernels, broker %s",

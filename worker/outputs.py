@@ -9,10 +9,24 @@ from typing import Any
 
 import torch
 
-from penstock.broker.columns import FRAMED_ROW_BYTES, MAX_COLUMNS, MAX_NAME, MAX_RANK, Block, Column, Lengths, pack
+from penstock.broker.columns import (
+    FRAMED_ROW_BYTES,
+    MAX_COLUMNS,
+    MAX_NAME,
+    MAX_RANK,
+    Block,
+    Column,
+    Layout,
+    Lengths,
+    pack,
+)
 from penstock.worker.inputs import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_LAYOUTS = 1024
+# Of single dense outputs seen before, which leave unchecked but for their number of rows.
+_LAYOUTS: dict[tuple[str, torch.dtype, torch.Size], Layout] = {}
 
 Packed = tuple[Column, Lengths, Sequence[Any]]
 
@@ -30,6 +44,11 @@ def to_block(kernel: str, outputs: Mapping[str, Any], num_rows: int) -> Block:
     """The outputs of a batch (`Kernel.run`) as a block with `num_rows` rows. Raises BadOutput."""
     if not 0 < len(outputs) <= MAX_COLUMNS:
         raise BadOutput(f"kernel {kernel!r} returned {len(outputs)} outputs; 1 to {MAX_COLUMNS} are possible")
+    if len(outputs) == 1:
+        [(name, value)] = outputs.items()
+        layout = _LAYOUTS.get((name, value.dtype, value.shape[1:])) if type(value) is torch.Tensor else None
+        if layout is not None and len(value) == num_rows and value.is_contiguous() and not value.is_neg():
+            return Block(num_rows, layout, layout.no_lengths, [value.numpy().data.cast("B")])
     return pack([_column(kernel, name, value, num_rows) for name, value in outputs.items()], num_rows)
 
 
@@ -90,9 +109,18 @@ def _dense(label: str, name: str, tensor: torch.Tensor) -> Packed:
     dtype, data = _buffer(label, tensor)
     row_bytes = data.nbytes // len(tensor)
     if row_bytes < FRAMED_ROW_BYTES:
-        return Column(name, dtype, shape), None, (data,)
+        column = Column(name, dtype, shape)
+        if tensor.dtype is not torch.bfloat16 and row_bytes:
+            _remember((name, tensor.dtype, tensor.shape[1:]), column)
+        return column, None, (data,)
     rows = [data[i : i + row_bytes] for i in range(0, data.nbytes, row_bytes)]
     return Column(name, dtype, shape, is_framed=True), None, rows
+
+
+def _remember(seen: tuple[str, torch.dtype, torch.Size], column: Column) -> None:
+    if len(_LAYOUTS) >= MAX_LAYOUTS:
+        _LAYOUTS.clear()
+    _LAYOUTS[seen] = Layout.of((column,))
 
 
 def _ragged(label: str, name: str, tensors: list[torch.Tensor]) -> Packed:
