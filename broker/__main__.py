@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load(BrokerConfig, "broker", file=file, overrides=args)
         server = Server(config, Address.find(config.url) if config.url else Address.default())
         server.open()
-    except (SettingsError, AddressError, ValueError) as e:
+    except (SettingsError, AddressError, ValueError, OSError) as e:
         print(f"penstock broker: {e}", file=sys.stderr)
         return 2
     except AlreadyRunning as e:

@@ -114,7 +114,7 @@ def write_connection(path: Path, address: Address, pid: int) -> None:
 def remove_connection(path: Path, pid: int) -> None:
     """Take the file away if it is still the one that `pid` wrote."""
     try:
-        if json.loads(path.read_text()).get("pid") == pid:
+        if json.loads(path.read_text())["pid"] == pid:
             path.unlink()
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):
         return  # gone, or somebody else's: not ours to clean

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgpack
+
 from penstock.broker.columns import view
 from penstock.broker.journal import Entry, digest_of
 from penstock.broker.protocol import (
@@ -38,6 +40,7 @@ from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEU
 from penstock.broker.wire import Message
 
 MAX_CLOSED_PER_TURN = 500
+MAX_REPORT_BYTES = 60 * 1024
 MAX_REPLAYED = 32
 """Remembered outcomes per message: each has a header of its own."""
 
@@ -274,6 +277,9 @@ class Clients:
             raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
         if m.timeout_ms is not None and m.timeout_ms <= 0:
             raise Refusal(Code.DEADLINE, "the time limit was over before the task arrived")
+        if num_bytes > min(config.window_bytes, config.max_queue_bytes):
+            most = min(config.window_bytes, config.max_queue_bytes)
+            raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
         window_rows, window_bytes = self._credit(session)
         if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
             raise self._overloaded("the session's credit is used up", num_rows)
@@ -316,7 +322,11 @@ class Clients:
         if m.timeout_ms is not None:
             run.deadline = now + m.timeout_ms / 1000.0
         if kernel is not None:
-            self.bind(run)
+            try:
+                self.bind(run)
+            except Refusal:
+                run.release()  # run and pieces know each other, and nobody collects cycles here
+                raise
         session.used_rows += run.num_rows
         session.used_bytes += num_bytes
         self.state.ledger.open(run)
@@ -442,7 +452,7 @@ class Clients:
     # --- status ----------------------------------------------------------------------------------------------------
 
     def _answer_status(self, session: ClientSession, m: Status, now: float) -> None:
-        body = self._report(now) if m.id is None else self._task_report(session, m.id, now)
+        body = _fitting(self._report(now)) if m.id is None else self._task_report(session, m.id, now)
         self.state.send(FRONT, session.route, Reply(request=m.request, body=body))
 
     def _task_report(self, session: ClientSession, run_id: bytes, now: float) -> dict[str, Any]:
@@ -467,6 +477,17 @@ def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) ->
         return finished
     told = {span[0] for span in portion}
     return [run_id for run_id in finished if run_id in told]
+
+
+def _fitting(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without its longest parts, by name in `left_out`, where they do not fit a message."""
+    left_out = list[str]()
+    for part in ("kernels", "workers", "queues", "counters"):
+        if len(msgpack.packb(report)) <= MAX_REPORT_BYTES:
+            break
+        left_out.append(part)
+        report = {**report, part: type(report[part])(), "left_out": left_out}
+    return report
 
 
 def _within(run: Run, start: int, stop: int) -> list[tuple[Piece, int, int]]:

@@ -98,6 +98,8 @@ class Layout:
         if found is not None:
             return found
         made = cls.of(tuple(_parse_columns(packed)))
+        if len(_BY_BYTES) >= MAX_INTERNED:
+            _BY_BYTES.clear()
         _BY_BYTES[packed] = made  # a peer may pack the same columns in other bytes
         return made
 

@@ -46,7 +46,10 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("url", "worker_grace_s", "drain_s") and not value > 0:
+            if f.name in ("worker_grace_s", "drain_s"):
+                if not value >= 0:
+                    raise ValueError(f"{f.name} must be 0 or more, not {value!r}")
+            elif f.name != "url" and not value > 0:
                 raise ValueError(f"{f.name} must be above 0, not {value!r}")
         if self.max_rows_per_run > MAX_ROWS:
             raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")

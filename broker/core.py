@@ -168,7 +168,7 @@ class Core:
         workers = self.workers.by_secret.values()
         if any(w.is_ready for w in workers) and all(w.is_ready for w in workers):
             return True
-        return now - self.workers.last_left_at > self.state.config.worker_grace_s
+        return now - self.workers.changed_at > self.state.config.worker_grace_s
 
     def _bind_parked(self, now: float) -> None:
         """Queue what waited for another submission with its key, which has ended without an answer."""

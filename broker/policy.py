@@ -31,7 +31,7 @@ class BatchQueue:
         self.spec = spec
         self.mode = mode
         self.kind: Kind = (spec.name, spec.digest, mode)
-        self.max_batch_size = 1 if mode == "stream" else spec.max_batch_size
+        self.max_batch_size = 1 if mode == "stream" else spec.max_rows(key[4])
         self.max_batch_cost_ms = (spec.max_batch_cost_ms if mode == "batch" else None) or float("inf")
         self.pieces: SortedList[tuple[Any, ...]] = SortedList()
         self.num_rows = 0
@@ -182,8 +182,8 @@ def _fill(queue: BatchQueue, offer: Offer) -> list[tuple[Piece, int]]:
     bytes_left = offer.max_bytes if queue.mode == "batch" else UNBOUNDED  # slots use no credit
     for entry in queue.pieces:
         piece: Piece = entry[-1]
-        if picked and piece.is_isolated:
-            break
+        if piece.is_isolated and (picked or not offer.is_idle):
+            break  # a suspect gets a worker to itself: only then does the worker's end tell whose fault it was
         most = min(rows_left, piece.num_rows)
         num_rows, cost, bytes_left = _rows_within(piece, most, queue, cost, bytes_left)
         if not picked and num_rows == 0 and offer.is_idle:

@@ -7,7 +7,6 @@ import fcntl
 import gc
 import logging
 import os
-import select
 import signal
 import socket
 import time
@@ -25,10 +24,12 @@ from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
 
 log = logging.getLogger("penstock.broker")
 
-# Plain integers: pyzmq's enum flags cost more than the calls they are given to.
-_SNDMORE, _NOBLOCK, _EVENTS, _POLLIN = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.EVENTS), int(zmq.POLLIN)
+# Plain integers: pyzmq's enum flags cost more than the calls they are given to. So does asking a socket for EVENTS, which
+# is why the poller, one call for everything, is asked instead.
+_SNDMORE, _NOBLOCK = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 MAX_MESSAGES_PER_TURN = 128
 MAX_SEND_BACKLOG = 20_000
+FAREWELL_S = 0.2
 COPIED_BYTES = 2048
 """Up to here a received frame is copied: keeping a frame object costs more memory than the copy takes time."""
 
@@ -54,10 +55,12 @@ class Server:
         self._lock: Any = None
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._unread = {FRONT: True, BACK: True}
+        self._sides: dict[Any, str] = {}
+        self._wake: Any = None
+        self._ended: list[int] = []
         self._types = {FRONT: FROM_CLIENT, BACK: FROM_WORKER}
         self._processes: dict[int, tuple[int, int]] = {}
-        self._poller = select.poll()
+        self._poller = zmq.Poller()
         self._stop_at: float | None = None
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -73,11 +76,13 @@ class Server:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _lock(folder / "broker.lock", self.address)
         for side, endpoint in ((FRONT, self.address.front), (BACK, self.address.back)):
-            self._sockets[side] = self._bind(endpoint)
+            self._sockets[side] = s = self._bind(endpoint)
+            self._sides[s] = side
 
     def _bind(self, endpoint: str) -> "zmq.Socket[bytes]":
         s = self._context.socket(zmq.ROUTER)
         s.set(zmq.ROUTER_MANDATORY, 1)
+        s.set(zmq.IPV6, int("[" in endpoint))
         s.set(zmq.SNDHWM, MAX_SEND_BACKLOG)
         s.set(zmq.RCVHWM, MAX_SEND_BACKLOG)
         s.set(zmq.MAXMSGSIZE, self.config.max_message_bytes)
@@ -90,7 +95,7 @@ class Server:
         except zmq.ZMQError as e:
             if e.errno == zmq.EADDRINUSE:
                 raise AlreadyRunning(f"{endpoint} is in use: a broker is running there") from e
-            raise
+            raise ValueError(f"cannot listen at {endpoint}: {e.strerror}") from e
         finally:
             os.umask(old_umask)
         return s
@@ -137,27 +142,19 @@ class Server:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self, wake: socket.socket) -> None:
-        fds = {int(s.get(zmq.FD)): side for side, s in self._sockets.items()}
-        for fd in (*fds, wake.fileno()):
-            self._poller.register(fd, select.POLLIN)
-        is_stopping = False
-        while True:
-            ready = self._poller.poll(self._wait_ms())
-            for fd, _ in ready:
-                if fd in fds:
-                    self._unread[fds[fd]] = True
-                elif fd == wake.fileno():
-                    wake.recv(4096)
-                else:
-                    self._process_ended(fd)
-            if self._stop_at is not None:
-                if not is_stopping:
-                    is_stopping = True
-                    self._handle(Stop())
-                if self.core.is_idle or time.monotonic() >= self._stop_at:
-                    self._perform(self.core.farewell())
-                    return
-            self._turns()
+        self._wake = wake
+        for source in (*self._sockets.values(), wake.fileno()):
+            self._poller.register(source, zmq.POLLIN)
+        while self._stop_at is None:
+            self._turn(self._wait_ms())
+        self._handle(Stop())
+        while not self.core.is_idle and time.monotonic() < self._stop_at:
+            self._turn(self._wait_ms())
+        self._perform(self.core.farewell())
+        # A peer drops what it has not read when its connection ends, so the last messages get a moment to be read.
+        end = time.monotonic() + FAREWELL_S
+        while (left := end - time.monotonic()) > 0:
+            self._turn(int(1000.0 * left) + 1)
 
     def _wait_ms(self) -> int | None:
         now = time.monotonic()
@@ -166,32 +163,34 @@ class Server:
             due = self._stop_at if due is None else min(due, self._stop_at)
         return None if due is None else max(0, int((due - now) * 1000.0) + (due > now))
 
-    def _turns(self) -> None:
-        """Turn until no socket has input.
-
-        Their descriptors are edge triggered, and a send may swallow an edge: a socket is asked for input again after a
-        send on it, before the loop sleeps.
-        """
-        self._turn()
-        while any(is_unread and _has_input(self._sockets[side]) for side, is_unread in self._unread.items()):
-            self._turn()
-
-    def _turn(self) -> None:
-        """Take in a bounded number of messages, then let the core act."""
+    def _turn(self, wait_ms: int | None) -> None:
+        """Wait for input, take in a bounded number of messages, then let the core act."""
+        ready = self._poller.poll(wait_ms)
         started = time.monotonic()
-        for side, s in self._sockets.items():
-            if not self._unread[side]:
-                continue
-            num_left = MAX_MESSAGES_PER_TURN
-            while num_left and _has_input(s):
-                num_left -= 1
-                self._receive(side, s)
-            self._unread[side] = not num_left
+        num_left = MAX_MESSAGES_PER_TURN
+        while ready and num_left > 0:
+            num_left -= len(ready)
+            for source, _ in ready:
+                if isinstance(source, int):
+                    self._take_signal(source)
+                else:
+                    self._receive(self._sides[source], source)
+            ready = self._poller.poll(0)
+        if not ready and self._ended:
+            self._report_ended()  # what a process sent before its end has come first
         self._handle(Turn())
         took = time.monotonic() - started
         if took > self.longest_turn_s:
             self.longest_turn_s = took
             self.core.state.counters["longest_turn_us"] = int(took * 1e6)
+
+    def _take_signal(self, fd: int) -> None:
+        """Something other than a message: a signal of ours, or the end of a worker's process."""
+        if fd == self._wake.fileno():
+            self._wake.recv(4096)
+        else:
+            self._poller.unregister(fd)
+            self._ended.append(fd)
 
     def _receive(self, side: str, s: "zmq.Socket[bytes]") -> None:
         route = s.recv(_NOBLOCK)
@@ -228,7 +227,6 @@ class Server:
     def _perform(self, actions: list[Send]) -> None:
         for action in actions:
             s = self._sockets[action.side]
-            self._unread[action.side] = True
             try:
                 s.send(action.route, _SNDMORE | _NOBLOCK)
             except zmq.ZMQError as e:
@@ -255,22 +253,16 @@ class Server:
             log.warning("cannot watch process %d: %s", pid, e)
             return
         self._processes[pid] = (fd, pid)
-        self._poller.register(fd, select.POLLIN)
+        self._poller.register(fd, zmq.POLLIN)
 
-    def _process_ended(self, fd: int) -> None:
-        pid = next(p for f, p in self._processes.values() if f == fd)
-        del self._processes[pid]
-        self._poller.unregister(fd)
-        os.close(fd)
-        self._unread[BACK] = True
-        self._turns()  # what it sent before its end comes first
-        log.info("worker process %d has ended", pid)
-        self._handle(ProcessEnded(pid))
-
-
-def _has_input(s: "zmq.Socket[bytes]") -> bool:
-    events: Any = s.get(_EVENTS)
-    return bool(events & _POLLIN)
+    def _report_ended(self) -> None:
+        for fd in self._ended:
+            pid = next(p for f, p in self._processes.values() if f == fd)
+            del self._processes[pid]
+            os.close(fd)
+            log.info("worker process %d has ended", pid)
+            self._handle(ProcessEnded(pid))
+        self._ended.clear()
 
 
 def _lock(path: Path, address: Address) -> Any:

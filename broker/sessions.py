@@ -154,9 +154,14 @@ class WorkerSession:
             return "starting"
         return "busy" if self.leases else "ready"
 
+    @property
+    def has_suspect(self) -> bool:
+        """It holds a task that may have brought down a worker: that one has to run alone."""
+        return any(lease.pieces[0].is_isolated for lease in self.leases.values())
+
     def offer(self) -> Offer | None:
         """What this worker could take now, or None."""
-        if not self.is_ready or self.is_draining or self.route is None:
+        if not self.is_ready or self.is_draining or self.route is None or self.has_suspect:
             return None
         has_credit = self.assigned_batches < self.credit_batches
         if has_credit and not self.streams:

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.broker.columns import BLOBS, Block, Column, LayoutError, reshape
+from penstock.broker.columns import BLOBS, MAX_NAME, Block, Column, LayoutError, reshape
 from penstock.broker.protocol import Submit
-from penstock.broker.wire import ProtocolError, record
+from penstock.broker.wire import MAX_ROWS, ProtocolError, record
 
 MAX_INPUTS = 64
+MAX_DIGEST_BYTES = 32
+MAX_PAYLOAD_FRAMES = 2 * MAX_ROWS
+MAX_LISTED_BYTES = 36 * 1024
+_LISTED_BYTES = {"blob": 5, "pad": 5, "pack": 5, "row": 9}
 MAX_PLANS = 1024
 Plan = tuple[str, tuple[Any, ...] | None]
 
@@ -111,6 +115,12 @@ class Spec:
             shape_class.append(_shape_class(block, index, self.inputs[column.name]))
         return block, tuple(shape_class)
 
+    def max_rows(self, shape_class: Iterable[tuple[Any, ...]]) -> int:
+        """Rows that one message can hold: each has an entry in the header per listed input, and a frame per framed one."""
+        num_framed = sum(1 for *_, is_framed in shape_class if is_framed)
+        listed_bytes = sum(_LISTED_BYTES.get(i.ragged if i.kind == "tensor" else i.kind, 0) for i in self.inputs.values())
+        return min(self.max_batch_size, MAX_PAYLOAD_FRAMES // max(num_framed, 1), MAX_LISTED_BYTES // max(listed_bytes, 1))
+
     def _check_names(self, m: Submit) -> None:
         given = {c.name for c in m.block.columns} | m.scalars.keys()
         wanted = {i.name for i in self.inputs.values() if i.kind != "static"}
@@ -189,7 +199,7 @@ def _shape_class(block: Block, index: int, wanted: Input) -> tuple[Any, ...]:
     bucket = 0
     if wanted.ragged == "pad" and lengths:
         bucket = max(lengths).bit_length()
-    return (column.name, column.dtype, column.shape, bucket)
+    return (column.name, column.dtype, column.shape, bucket, column.is_framed)
 
 
 def parse(wire: Mapping[str, Any]) -> Spec:
@@ -213,6 +223,8 @@ def parse(wire: Mapping[str, Any]) -> Spec:
         raise ProtocolError(f"a kernel spec is malformed: {type(e).__name__}: {e}") from e
     if not (set(spec.modes) <= {"batch", "stream"} and spec.modes and spec.combine in ("max", "sum")):
         raise ProtocolError(f"spec of {spec.name!r}: unknown mode or combine")
+    if not (0 < len(spec.name) <= MAX_NAME and len(spec.digest) <= MAX_DIGEST_BYTES):
+        raise ProtocolError(f"a kernel's name has 1 to {MAX_NAME} characters, its digest at most {MAX_DIGEST_BYTES} bytes")
     if not 1 <= spec.max_batch_size <= 4096 or len(inputs) > MAX_INPUTS:
         raise ProtocolError(f"spec of {spec.name!r}: max_batch_size or number of inputs out of bounds")
     return spec

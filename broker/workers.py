@@ -42,7 +42,7 @@ class Workers:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
         self.by_secret: dict[bytes, WorkerSession] = {}
-        self.last_left_at = state.started_at
+        self.changed_at = state.started_at
         self._clients = clients
 
     # --- messages --------------------------------------------------------------------------------------------------
@@ -93,6 +93,7 @@ class Workers:
                 self.state.send(BACK, route, Fault(error=error))
                 return
             worker = self.by_secret[m.secret] = WorkerSession(principal, self._free_name(m.name), m.secret, route, now)
+            self.changed_at = now
         self.lose_route(route)  # whoever was at this address is not there any more
         if worker.route is not None:
             self.lose_route(worker.route)
@@ -162,11 +163,12 @@ class Workers:
         if worker.route is not None:
             self.by_route.pop(worker.route, None)
         worker.route = None
-        self.last_left_at = now
+        self.changed_at = now
         self.state.counters["workers_lost" if is_suspect else "workers_left"] += 1
         self.state.kernels.withdraw(worker)
+        is_alone = len(worker.leases) == 1
         for lease in list(worker.leases.values()):
-            self._recover(lease, f"worker {worker.name}: {reason}", now, is_suspect)
+            self._recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone)
         self.rebind(now)
 
     def sweep(self, now: float) -> None:
@@ -267,7 +269,7 @@ class Workers:
         span = (piece.run.id, piece.start, piece.start + 1)
         self._clients.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
 
-    def _recover(self, lease: Lease, reason: str, now: float, is_suspect: bool) -> None:
+    def _recover(self, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
         """A lease will not be answered. Suspects return in halves and alone, so that one that kills is found."""
         pieces = [p for p in lease.pieces if p.state == LEASED]
         self.state.ledger.close(lease)
@@ -278,7 +280,7 @@ class Workers:
             text = f"{reason}; {lease.queue.spec.name!r} is not idempotent, so it was not run again"
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
-        if is_suspect and num_rows == 1:
+        if is_suspect and is_alone and num_rows == 1:
             pieces[0].deaths += 1
             if pieces[0].deaths >= self.state.config.max_attempts:
                 text = f"{pieces[0].deaths} workers were lost while running this task alone"
