@@ -224,12 +224,7 @@ class Clients:
             run = self._open(session, m, num_bytes, now)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1
-            self._give_back(session, num_rows, num_bytes)
-            session.used_rows += num_rows
-            session.used_bytes += num_bytes
-            self.state.send(
-                FRONT, session.route, Refused(id=m.id, error=refusal.error, credit=self._credit(session))
-            )
+            self.state.send(FRONT, session.route, Refused(id=m.id, error=refusal.error))
             return
         if entry is not None and entry.run is not None:
             entry.run.followers = [*(entry.run.followers or ()), run]

@@ -187,7 +187,7 @@ def _fill(queue: BatchQueue, offer: Offer) -> list[tuple[Piece, int]]:
         most = min(rows_left, piece.num_rows)
         num_rows, cost, bytes_left = _rows_within(piece, most, queue, cost, bytes_left)
         if not picked and num_rows == 0 and offer.is_idle:
-            return [(piece, 1)]  # past a budget all alone: it has to run some time
+            return [(piece, 1)]  # past the credit all alone: it has to run some time
         if num_rows == 0:
             break
         picked.append((piece, num_rows))
@@ -211,8 +211,8 @@ def _rows_within(piece: Piece, most: int, queue: BatchQueue, cost: float, bytes_
     for row in range(piece.start, piece.start + most):
         alone = _row_cost(run.cost_ms, row)
         after = cost + alone if is_sum else max(cost, alone)
-        if after > budget:
-            break
+        if after > budget and cost > 0.0:
+            break  # but the first row of a batch always fits
         cost, fitting = after, fitting + 1
     return fitting, cost, bytes_left - fitting * row_bytes
 

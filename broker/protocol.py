@@ -4,7 +4,7 @@ Knows the fields and the closed sets of types per direction. Does not know socke
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from penstock.broker.columns import Block, Buffer
 from penstock.broker.wire import (
@@ -100,6 +100,17 @@ MAX_DETAIL: Final = 16 * 1024
 _MAYBE_MS = number(0.0, MAX_TIMEOUT_MS, can_be_nil=True)
 _DETAIL = text(MAX_DETAIL)
 ERROR = Kind(_parse_error, _write_error)
+
+
+def _parse_timings(value: Any, reader: Reader) -> Mapping[str, Any]:
+    timings = MAP.parse(value, reader)
+    if len(timings) > MAX_TIMINGS or not all(len(k) <= 32 and type(v) in (int, float) for k, v in timings.items()):
+        raise ProtocolError(f"timings are at most {MAX_TIMINGS} numbers with short names")
+    return cast(Mapping[str, Any], timings)
+
+
+MAX_TIMINGS: Final = 16
+TIMINGS = Kind(_parse_timings)
 
 
 # --- client -> broker ----------------------------------------------------------------------------------------------
@@ -227,11 +238,10 @@ class Accepted(Message):
 
 @message("refused")
 class Refused(Message):
-    """The broker has not taken the submission. `credit` gives back what it would have used."""
+    """The broker has not taken the submission, and does not count it: the client takes it off its totals."""
 
     id: bytes = wire(ID)
     error: Error = wire(ERROR)
-    credit: Sequence[int] = wire(PAIR, default=(0, 0))
 
 
 @record
@@ -383,7 +393,7 @@ class WorkerFinal(Message):
 
     lease: int = wire(COUNT)
     answers: Sequence[Answer] = wire(listing(Kind(_parse_answer, _write_answer), MAX_ROWS))
-    timings: Mapping[str, Any] = wire(MAP, default={})
+    timings: Mapping[str, Any] = wire(TIMINGS, default={})
     credit: Sequence[int] = wire(PAIR, default=(0, 0))
 
 

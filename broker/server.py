@@ -226,7 +226,7 @@ class Server:
 
     def _perform(self, actions: list[Send]) -> None:
         for action in actions:
-            s = self._sockets[action.side]
+            s, frames = self._sockets[action.side], encode(action.message)
             try:
                 s.send(action.route, _SNDMORE | _NOBLOCK)
             except zmq.ZMQError as e:
@@ -235,7 +235,6 @@ class Server:
                     raise
                 self._perform(self.core.handle(PeerLost(action.side, action.route), time.monotonic()))
                 continue
-            frames = encode(action.message)
             last = frames.pop()
             for frame in frames:
                 s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it

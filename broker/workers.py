@@ -236,7 +236,12 @@ class Workers:
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
         for piece in pieces:
-            self.state.ledger.requeue(piece)
+            piece.deaths += 1
+            if piece.deaths < self.state.config.max_attempts:
+                self.state.ledger.requeue(piece)
+            else:
+                text = f"{piece.deaths} times the worker left it out of its answer"
+                self._end([piece], FAILED, Error(Code.FAILED, text), now)
         self.rebind(now)
 
     def _answer(self, lease: Lease, answer: Answer, timings: dict[str, Any], now: float) -> None:

@@ -60,6 +60,7 @@ class Link:
             socket = self._context.socket(zmq.DEALER)
             for option, value in _OPTIONS.items():
                 socket.setsockopt(option, value)
+            socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
             socket.connect(self._endpoint)
             self._socket = socket
             self.num_sockets += 1

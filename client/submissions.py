@@ -183,9 +183,10 @@ class Submissions:
             self.news.tell(run)
 
     def refused(self, m: protocol.Refused) -> None:
-        self.credit.grant(m.credit)
-        self.flight.answered(m.id)
         run = self.flight.runs.get(m.id)
+        sizes = [(run.num_rows, run.nbytes)] if run is not None else self.flight.take_unknown({m.id})
+        for num_rows, nbytes in sizes:
+            self.credit.take_back(num_rows, nbytes)
         if run is not None:
             self.end_rows(run, 0, run.num_rows, m.error)
         if self.backlog.pending and self.is_idle:

@@ -33,6 +33,7 @@ def dealer(context: zmq.Context[Socket], endpoint: str) -> Socket:
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         socket.setsockopt(zmq.TCP_MAXRT, 15000)
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     socket.connect(endpoint)
     return socket
 

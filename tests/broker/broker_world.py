@@ -260,7 +260,7 @@ class FakeClient(Peer):
                 if not message.is_resumed:
                     self.received = 0
             case p.Refused():
-                self.refused[message.id], self.credit = message.error, message.credit
+                self.refused[message.id] = message.error
             case p.Results() | p.Partial():
                 self._file(message)
 

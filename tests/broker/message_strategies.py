@@ -13,6 +13,7 @@ COUNTS = st.integers(0, p.MAX_COUNT)
 NAMES = st.text(min_size=1, max_size=64)
 SMALL = st.integers(0, 3)
 PLAIN = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats(allow_nan=False) | st.text(max_size=9)
+TIMINGS = st.dictionaries(st.text(max_size=32), st.floats(0, 1e9) | st.integers(0, 99), max_size=16)
 MAPS = st.dictionaries(st.text(max_size=9), PLAIN | st.lists(PLAIN, max_size=3), max_size=4)
 NUMBERS = st.integers(-(1 << 63), (1 << 64) - 1) | st.floats(allow_nan=False)
 
@@ -93,7 +94,7 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "scalars": _SCALARS, "secret": _IDS, "session": _IDS, "specs": st.lists(MAPS, max_size=2),
     "statics": st.binary(max_size=99),
     "start": st.integers(0, 4096), "stop": st.integers(0, 4096), "target": st.text(max_size=64),
-    "timeout_ms": st.none() | st.floats(-1e9, 1e9), "timings": MAPS, "traceparent": st.none() | st.text(max_size=64),
+    "timeout_ms": st.none() | st.floats(-1e9, 1e9), "timings": TIMINGS, "traceparent": st.none() | st.text(max_size=64),
     "wants_accepted": st.booleans(), "wants_partials": st.booleans(),
 }  # fmt: skip
 

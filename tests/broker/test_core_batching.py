@@ -157,6 +157,15 @@ def test_what_is_past_the_budget_alone_takes_nobody_along() -> None:
     assert worker.finish_all() == [1, 2, 1, 1]
 
 
+def test_what_is_past_the_budget_alone_does_not_wait_for_an_idle_worker() -> None:
+    w = World()
+    made = spec(inputs=(X, number_per_row("ms")), combine="sum", max_batch_cost_ms=6.0, per={"ms": 1.0})
+    client, worker = w.client(), w.worker(made, batches=2)
+    for _ in range(2):
+        client.submit(scalars={"ms": 9.0})
+    assert worker.sizes() == [1, 1]
+
+
 def test_cost_counts_bytes_and_numel() -> None:
     w = World()
     made = spec(inputs=(BLOB,), combine="sum", max_batch_cost_ms=100.0, per={"x.bytes": 1.0})

@@ -83,7 +83,7 @@ def test_a_client_has_a_window(field: str, window: int) -> None:
     worker.finish_all()
     assert None not in client.results(runs[0], 5) + client.results(runs[1], 5)
     rows, num_bytes = w.core.state.config.window_rows, w.core.state.config.window_bytes
-    assert client.credit == [rows + 11, num_bytes + 11 * 20], "what was refused is given back, too"
+    assert client.credit == [rows + 10, num_bytes + 10 * 20], "what was refused does not count"
     client.submit(5)
     assert worker.sizes() == [5]
 

@@ -117,6 +117,17 @@ def test_rows_answered_twice_count_once_and_those_left_out_run_again() -> None:
     assert [client.row(run, row).num_finals for row in range(3)] == [1, 1, 1]
 
 
+def test_a_worker_that_always_leaves_rows_out_does_not_keep_them_for_ever() -> None:
+    w = World(max_attempts=2)
+    client, worker = w.client(), w.worker(batches=9)
+    run = client.submit(2)
+    for _ in range(2):
+        token = worker.the_lease()
+        block = echo_block(rows_of(worker.leases.pop(token)))
+        worker.send(p.WorkerFinal(lease=token, answers=[p.Answer(100, 102, block)]))
+    assert client.results(run, 2) == ["kernel_failed", "kernel_failed"]
+
+
 def test_rows_of_a_non_idempotent_kernel_that_were_left_out_do_not_run_again() -> None:
     w = World()
     client, worker = w.client(), w.worker(spec(idempotent=False), batches=2)

@@ -71,7 +71,7 @@ class Model:
             if piece.is_isolated and not is_idle:
                 break  # a suspect has a worker to itself
             over_count = len(rows) == (1 if is_stream else made.max_batch_size)
-            over_cost = made.max_batch_cost_ms is not None and after > made.max_batch_cost_ms
+            over_cost = made.max_batch_cost_ms is not None and cost > 0.0 and after > made.max_batch_cost_ms
             over_bytes = not is_stream and (len(rows) + 1) * ROW_BYTES > max_bytes
             if over_count or over_cost or over_bytes:
                 if not rows and is_idle:

@@ -150,8 +150,8 @@ class ModelBroker:
         if m.is_again and not self.idempotent:
             error = Error(Code.UNAVAILABLE, "an earlier broker may have run it")
         if error is not None:
-            s.done_rows, s.done_bytes = s.done_rows + m.block.num_rows, s.done_bytes + nbytes
-            self._send(s, protocol.Refused(id=m.id, error=error, credit=self._credit(s)))
+            s.rows, s.bytes = s.rows - m.block.num_rows, s.bytes - nbytes
+            self._send(s, protocol.Refused(id=m.id, error=error))
             return
         assert m.id not in s.submitted, "a submission came twice"
         s.submitted[m.id] = m
