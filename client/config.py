@@ -23,9 +23,9 @@ class ClientConfig:
     """Time limit of a task unless `options(timeout=...)` gives another; None: no limit."""
     connect_timeout: float = 5.0
     """How long the first use waits for a broker."""
-    max_rows_per_run: int = 32
+    max_rows_per_run: int = 128
     """Tasks that `map`, and `submit` on a busy line, put into one message."""
-    max_rows_per_array: int = 1024
+    max_rows_per_array: int = 256
     """Rows that `map_rows` puts into one message."""
     max_run_bytes: int = 8 << 20
     """Payload bytes of one message, unless a single row is larger."""

@@ -5,7 +5,7 @@ Knows options, and how the arguments of a verb become runs; does not know how a 
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from penstock.broker import protocol
 from penstock.client import options as options_
@@ -18,6 +18,8 @@ from penstock.client.rows import RowsInput
 from penstock.client.run import Options, Run, deadline_of
 from penstock.client.session import Session
 from penstock.client.stack import Stack
+
+MIN_RUNS: Final = 8
 
 
 class AnyLine(Protocol):
@@ -55,7 +57,8 @@ class BaseVerbs(Generic[LineT]):
     def _bundler(self, window: int) -> Bundler:
         """What puts the tasks of `map` into runs."""
         session = self._line.session
-        max_rows, max_bytes = min(session.backlog.max_rows, max(1, window)), session.backlog.max_bytes
+        # Several messages have to be under way, or the line is idle while one is being made.
+        max_rows, max_bytes = min(session.backlog.max_rows, max(1, window // MIN_RUNS)), session.backlog.max_bytes
         return Bundler(self._options, max_rows, max_bytes, session.submissions.draw_id, self._config.flush_s)
 
     def _stacked(self, plan: Plan, inputs: Mapping[str, Any]) -> tuple[Iterator[Run], Stack]:

@@ -57,7 +57,7 @@ def test_calls_gathered_share_messages(fake):
 
     run(fake, work)
     sizes = [m.block.num_rows for m in fake.model.log if isinstance(m, protocol.Submit)]
-    assert max(sizes) == 32
+    assert 32 <= max(sizes) <= 128
     assert len(sizes) < 40
 
 

@@ -110,11 +110,11 @@ def test_nothing_goes_out_before_the_welcome():
 
 def test_rows_share_a_run_on_a_busy_line_until_it_is_full():
     rig = Rig().attached()
-    taken = [rig.submit() for _ in range(4 + 32 + 3)]
+    taken = [rig.submit() for _ in range(4 + 128 + 3)]
     rig.send()
-    assert [m.block.num_rows for m in rig.submits()] == [1, 1, 1, 1, 32]
-    assert [row for _, row in taken[4:36]] == list(range(32))
-    assert taken[36][0].state == PENDING
+    assert [m.block.num_rows for m in rig.submits()] == [1, 1, 1, 1, 128]
+    assert [row for _, row in taken[4:132]] == list(range(128))
+    assert taken[132][0].state == PENDING
     rig.session.flush()
     rig.send()
     assert rig.submits()[-1].block.num_rows == 3
