@@ -23,7 +23,7 @@ from penstock.client.plan import Plan
 from penstock.client.progress import Counter
 from penstock.client.run import Options, Row, Run
 from penstock.client.session import Session
-from penstock.client.verbs import BaseVerbs, ask_status, no_room
+from penstock.client.verbs import BaseVerbs, ask_status, ask_to_drain, no_room
 
 
 class AsyncVerbs(BaseVerbs[AsyncLine]):
@@ -156,6 +156,10 @@ class AsyncVerbs(BaseVerbs[AsyncLine]):
     async def status(self, *, timeout: float | None = 5.0) -> dict[str, Any]:
         """The broker's state: its queues, workers and kernels."""
         return await self._line.ask(ask_status, timeout)
+
+    async def drain(self, worker: str, *, timeout: float | None = 5.0) -> None:
+        """Let a worker, by its name in `status`, finish what it holds and end. Raises InvalidInput for an unknown name."""
+        await self._line.ask(ask_to_drain(worker), timeout)
 
     async def kernels(self, *, timeout: float | None = 5.0) -> dict[str, Mapping[str, Any]]:
         """The kernels on offer now: name -> spec (`inputs`, `modes`, ...)."""

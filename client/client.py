@@ -23,7 +23,7 @@ from penstock.client.progress import Counter
 from penstock.client.run import PENDING, Options, Run, deadline_of
 from penstock.client.session import Session
 from penstock.client.task import Stream, Task
-from penstock.client.verbs import BaseVerbs, ask_status, no_room
+from penstock.client.verbs import BaseVerbs, ask_status, ask_to_drain, no_room
 
 
 class Verbs(BaseVerbs[Line]):
@@ -188,6 +188,10 @@ class Verbs(BaseVerbs[Line]):
     def status(self, *, timeout: float | None = 5.0) -> dict[str, Any]:
         """The broker's state: its queues, workers and kernels."""
         return self._line.ask(ask_status, timeout)
+
+    def drain(self, worker: str, *, timeout: float | None = 5.0) -> None:
+        """Let a worker, by its name in `status`, finish what it holds and end. Raises InvalidInput for an unknown name."""
+        self._line.ask(ask_to_drain(worker), timeout)
 
     def kernels(self, *, timeout: float | None = 5.0) -> dict[str, Mapping[str, Any]]:
         """The kernels on offer now: name -> spec (`inputs`, `modes`, ...)."""

@@ -4,7 +4,7 @@ Knows options, and how the arguments of a verb become runs; does not know how a 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from penstock.broker import protocol
@@ -88,3 +88,8 @@ def no_room() -> DeadlineExceeded:
 def ask_status(number: int) -> protocol.Status:
     """The question for the broker's whole state."""
     return protocol.Status(request=number)
+
+
+def ask_to_drain(worker: str) -> Callable[[int], protocol.Control]:
+    """The wish that a worker finishes what it holds, and ends."""
+    return lambda number: protocol.Control(request=number, op="drain", target=worker)

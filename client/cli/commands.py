@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from penstock.broker import protocol
 from penstock.broker.address import Address, AddressError
 from penstock.broker.settings import SettingsError
 from penstock.client import Client
@@ -302,7 +301,7 @@ def drain(
 ) -> int:
     """Let a worker finish what it holds, and end."""
     with Client(url, name="penstock drain", connect_timeout=QUICK_CONNECT_S) as client:
-        client._line.ask(lambda number: protocol.Control(request=number, op="drain", target=worker), 5.0)
+        client.drain(worker)
     print(f"{worker} takes nothing new and ends when it is done")
     return 0
 

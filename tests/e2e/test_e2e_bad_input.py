@@ -1,5 +1,6 @@
 """Whatever users get wrong: a clear typed error for them, and nothing else is disturbed."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import zmq
 from running import KERNELS, Running, running, until
 
 from penstock.client import (
+    AsyncClient,
     Cancelled,
     Client,
     Conflict,
@@ -51,6 +53,18 @@ def ps(stack: Running) -> Iterator[Client]:
 def test_an_unknown_kernel(ps: Client) -> None:
     with pytest.raises(UnknownKernel, match=r"'softmux'.*softmax"):
         ps.call("softmux", x=ONE)
+
+
+def test_draining_an_unknown_worker_names_the_known_ones(stack: Running, ps: Client) -> None:
+    with pytest.raises(InvalidInput, match="workers: "):
+        ps.drain("nobody")
+
+    async def ask() -> None:
+        async with AsyncClient(stack.url) as client:
+            await client.drain("nobody")
+
+    with pytest.raises(InvalidInput, match="workers: "):
+        asyncio.run(ask())
 
 
 @pytest.mark.parametrize(
