@@ -1,4 +1,4 @@
-"""The client side of the core: sessions, admission, outcomes.
+"""The client side of the core: sessions, submissions, outcomes.
 
 Knows what a client may do and what it is told. Does not know how batches are made or who runs them.
 """
@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import msgpack
-
-from penstock.broker.columns import view
-from penstock.broker.journal import Entry, digest_of
+from penstock.broker import reports
+from penstock.broker.admission import Admission, Refusal, is_same
+from penstock.broker.journal import Entry
 from penstock.broker.protocol import (
     ID_BYTES,
     Accepted,
@@ -34,23 +33,13 @@ from penstock.broker.protocol import (
 )
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.settlement import Settlement, Span
-from penstock.broker.spec import InputError
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece, Run
 from penstock.broker.wire import Message
 
 MAX_CLOSED_PER_TURN = 500
-MAX_REPORT_BYTES = 60 * 1024
 MAX_REPLAYED = 32
 """Remembered outcomes per message: each has a header of its own."""
-
-
-class Refusal(Exception):
-    """A submission is not taken; the error travels."""
-
-    def __init__(self, code: str, message: str, retry_after_ms: float | None = None) -> None:
-        super().__init__(message)
-        self.error = Error(code, message, retry_after_ms)
 
 
 class Clients:
@@ -74,10 +63,8 @@ class Clients:
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
         self._closing: deque[ClientSession] = deque()
-        self._next_seq = 0
-        self._now = 0.0
         self._on_unwanted = on_unwanted
-        self._is_settled = is_settled
+        self._admission = Admission(state, is_settled)
         self._report = report
         self._control = control
 
@@ -96,7 +83,7 @@ class Clients:
             self.state.counters["unattached"] += 1
             self._send_fault(route, Code.UNATTACHED, "this address has no session: say hello, or attach")
             return
-        session.last_seen = self._now = now
+        session.last_seen = now
         match m:
             case Submit():
                 self._submit(session, m, now)
@@ -143,7 +130,7 @@ class Clients:
         }  # fmt: skip
         welcome = Welcome(
             epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, limits=limits,
-            credit=self._credit(session), unknown=unknown,
+            credit=self._admission.credit(session), unknown=unknown,
         )  # fmt: skip
         self.state.send(FRONT, route, welcome)
         if isinstance(m, Attach):
@@ -206,22 +193,18 @@ class Clients:
 
     # --- admission -------------------------------------------------------------------------------------------------
 
-    def _credit(self, session: ClientSession) -> tuple[int, int]:
-        config = self.state.config
-        return session.returned_rows + config.window_rows, session.returned_bytes + config.window_bytes
-
     def _submit(self, session: ClientSession, m: Submit, now: float) -> None:
         session.acknowledge(m.ack)
         num_rows, num_bytes = m.block.num_rows, m.block.nbytes
         try:
             if self._is_repeat(session, m):
                 return
-            self._admit(session, m, num_rows, num_bytes)
-            entry = self._remembered(session, m, now)
+            self._admission.check(session, m, num_rows, num_bytes, now)
+            entry = self._admission.remembered(session, m, now)
             if entry is not None and entry.run is None:
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return
-            run = self._open(session, m, num_bytes, now)
+            run = self._admission.open(session, m, num_bytes, now)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1
             self.state.send(FRONT, session.route, Refused(id=m.id, error=refusal.error))
@@ -250,7 +233,7 @@ class Clients:
         run = self.state.ledger.find(session.principal, m.id)
         if run is None and m.id not in session.finished:
             return False
-        if run is not None and (run.session is not session or not _is_same(run.request, m)):
+        if run is not None and (run.session is not session or not is_same(run.request, m)):
             raise Refusal(Code.CONFLICT, "this id belongs to another submission: draw 16 random bytes for each")
         self.state.counters["repeated"] += 1
         if run is None:
@@ -262,90 +245,6 @@ class Clients:
             self.state.send(FRONT, session.route, Accepted(id=m.id))
         return True
 
-    def _admit(self, session: ClientSession, m: Submit, num_rows: int, num_bytes: int) -> None:
-        config, ledger = self.state.config, self.state.ledger
-        if self.state.is_draining:
-            raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
-        if m.is_durable and not self.state.journal.is_durable:
-            raise Refusal(Code.INVALID, "this broker keeps its tasks in memory: submit with durable=False")
-        if not 1 <= num_rows <= config.max_rows_per_run:
-            raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
-        if m.timeout_ms is not None and m.timeout_ms <= 0:
-            raise Refusal(Code.DEADLINE, "the time limit was over before the task arrived")
-        if num_bytes > min(config.window_bytes, config.max_queue_bytes):
-            most = min(config.window_bytes, config.max_queue_bytes)
-            raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
-        window_rows, window_bytes = self._credit(session)
-        if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
-            raise self._overloaded("the session's credit is used up", num_rows)
-        if session.num_unacked_bytes > config.max_result_bytes:
-            raise self._overloaded("the session's results wait for its acknowledgement", num_rows)
-        if ledger.num_open + num_rows > config.max_queue_rows:
-            raise self._overloaded(f"the queue is full ({config.max_queue_rows} tasks)", num_rows)
-        if ledger.open_bytes + num_bytes > config.max_queue_bytes:
-            raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows)
-
-    def _overloaded(self, reason: str, num_rows: int) -> Refusal:
-        """With the time in which as many rows ended lately."""
-        per_s = self.state.finish_rate.at(self._now)
-        retry_ms = 1000.0 * num_rows / per_s if per_s > 0 else 1000.0
-        return Refusal(Code.OVERLOADED, reason, min(max(retry_ms, 20.0), 30_000.0))
-
-    def _remembered(self, session: ClientSession, m: Submit, now: float) -> Entry | None:
-        """What the journal has under the idempotency key."""
-        if m.key is None:
-            return None
-        entry = self.state.journal.find(session.principal, m.key, now)
-        if entry is None:
-            return None
-        if entry.digest != digest_of(m):
-            raise Refusal(Code.CONFLICT, "this idempotency key was used with other content")
-        if entry.is_gone:
-            raise Refusal(Code.RESULT_GONE, "this submission was done; its result is no longer kept")
-        return entry
-
-    def _open(self, session: ClientSession, m: Submit, num_bytes: int, now: float) -> Run:
-        """Make the run, bound to its kernel unless that is still to come."""
-        kernel = self.state.kernels.known.get(m.kernel)
-        if kernel is None and self._is_settled(now):
-            known = ", ".join(sorted(self.state.kernels.known)) or "none: no worker has come yet"
-            raise Refusal(Code.UNKNOWN_KERNEL, f"no worker offers {m.kernel!r}; known kernels: {known}")
-        self._next_seq += 1
-        run = Run(session, m.id, m.kernel, m.block.num_rows, self._next_seq, now)
-        run.priority, run.scalars, run.traceparent = m.priority, m.scalars, m.traceparent
-        run.wants_partials, run.key, run.request, run.num_bytes = m.wants_partials, m.key, m, num_bytes
-        if m.timeout_ms is not None:
-            run.deadline = now + m.timeout_ms / 1000.0
-        if kernel is not None:
-            try:
-                self.bind(run)
-            except Refusal:
-                run.release()  # run and pieces know each other, and nobody collects cycles here
-                raise
-        session.used_rows += run.num_rows
-        session.used_bytes += num_bytes
-        self.state.ledger.open(run)
-        if m.key is not None and self.state.journal.find(session.principal, m.key, now) is None:
-            self.state.journal.accept(session.principal, m.key, digest_of(m), run)
-        return run
-
-    def bind(self, run: Run) -> None:
-        """Give a run its batch key under the current version of its kernel.
-
-        Raises:
-            Refusal: the kernel does not take it.
-        """
-        spec = self.state.kernels.known[run.kernel]
-        m: Submit = run.request
-        if m.is_again and not spec.is_idempotent:
-            raise Refusal(Code.UNAVAILABLE, f"{run.kernel!r} may have started under an earlier broker and is not idempotent")
-        try:
-            binding = spec.bind(m, run.session.principal)
-        except InputError as e:
-            raise Refusal(Code.INVALID, str(e)) from e
-        run.block, run.cost_ms = binding.block, binding.cost_ms
-        run.queue = self.state.policy.queue(binding.key, spec, binding.mode)
-
     def bind_late(self, runs: Iterable[Run], now: float) -> None:
         """Bind runs that are open already, because their kernel came or changed; what it does not take ends here."""
         for run in runs:
@@ -356,7 +255,7 @@ class Clients:
                 if piece.entry is not None:
                     self.state.policy.remove(piece)
             try:
-                self.bind(run)
+                self._admission.bind(run)
             except Refusal as refusal:
                 self.end_pieces([(p, p.start, p.stop) for p in queued], "failed", refusal.error, now)
                 continue
@@ -431,7 +330,7 @@ class Clients:
                 self._on_unwanted(lease)
 
     def _deliver(self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes]) -> None:
-        results = session.add_result(outcomes, self._credit(session))
+        results = session.add_result(outcomes, self._admission.credit(session))
         for run_id in finished:
             session.finished[run_id] = results.seq
         self.state.send(FRONT, session.route, results)
@@ -447,23 +346,14 @@ class Clients:
     # --- status ----------------------------------------------------------------------------------------------------
 
     def _answer_status(self, session: ClientSession, m: Status, now: float) -> None:
-        body = _fitting(self._report(now)) if m.id is None else self._task_report(session, m.id, now)
+        body = reports.fitting(self._report(now)) if m.id is None else self._task_report(session, m.id, now)
         self.state.send(FRONT, session.route, Reply(request=m.request, body=body))
 
     def _task_report(self, session: ClientSession, run_id: bytes, now: float) -> dict[str, Any]:
         run = self._find(session, run_id)
         if run is None:
             return {"state": "finished" if run_id in session.finished else "unknown"}
-        queued = [p for p in run.pieces if p.state == QUEUED]
-        leased = sum(p.num_rows for p in run.pieces if p.state == LEASED)
-        ahead = self.state.policy.position(min(queued, key=lambda p: p.start)) if queued else 0
-        return {
-            "state": "running" if leased else "queued", "kernel": run.kernel, "rows": run.num_rows, "leased": leased,
-            "queued": sum(p.num_rows for p in queued), "done": run.num_rows - run.num_open, "ahead": ahead,
-            "age_ms": 1000.0 * (now - run.arrived), "priority": run.priority,
-            "workers": sorted({p.lease.worker.name for p in run.pieces if p.lease is not None}),
-            "is_waiting_for_kernel": run.queue is None,
-        }  # fmt: skip
+        return reports.of_task(self.state.policy, run, now)
 
 
 def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) -> Iterable[bytes]:
@@ -474,27 +364,5 @@ def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) ->
     return [run_id for run_id in finished if run_id in told]
 
 
-def _fitting(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without its longest parts, by name in `left_out`, where they do not fit a message."""
-    left_out = list[str]()
-    for part in ("kernels", "workers", "queues", "counters"):
-        if len(msgpack.packb(report)) <= MAX_REPORT_BYTES:
-            break
-        left_out.append(part)
-        report = {**report, part: type(report[part])(), "left_out": left_out}
-    return report
-
-
 def _within(run: Run, start: int, stop: int) -> list[tuple[Piece, int, int]]:
     return [(p, max(start, p.start), min(stop, p.stop)) for p in run.overlapping(start, stop)]
-
-
-def _is_same(first: Submit, again: Submit) -> bool:
-    """Whether two submissions under one id are the same, byte for byte."""
-    a, b = first.block, again.block
-    return (
-        (first.kernel, first.statics, first.scalars, a.columns, a.num_rows)
-        == (again.kernel, again.statics, again.scalars, b.columns, b.num_rows)
-        and list(a.lengths) == list(b.lengths)
-        and all(view(x) == view(y) for x, y in zip(a.frames, b.frames, strict=True))
-    )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from broker_machine import check_machine
 
+from penstock.broker.admission import Admission
 from penstock.broker.clients import Clients
 from penstock.broker.ledger import Ledger
 from penstock.broker.policy import BatchQueue, PullPolicy
@@ -236,13 +237,13 @@ def a_lease_is_closed_twice(patch: Patch) -> None:
 
 @fault
 def a_lease_stays_with_the_lost_worker(patch: Patch) -> None:
-    patch.setattr(Workers, "_recover", lambda self, lease, reason, now, is_suspect: None)
+    patch.setattr(Workers, "_recover", lambda self, *args: None)
 
 
 @fault
 def everything_is_redelivered(patch: Patch) -> None:
     real = Workers._recover
-    patch.setattr(Workers, "_recover", lambda self, lease, reason, now, is_suspect: real(self, lease, reason, now, False))
+    patch.setattr(Workers, "_recover", lambda self, *args: real(self, *args[:3], False))
 
 
 @fault
@@ -282,7 +283,7 @@ def followers_are_forgotten_when_their_twin_is_cancelled(patch: Patch) -> None:
 
 @fault
 def the_queue_has_no_bound(patch: Patch) -> None:
-    patch.setattr(Clients, "_admit", lambda *args: None)
+    patch.setattr(Admission, "check", lambda *args: None)
 
 
 @fault
@@ -299,5 +300,5 @@ def outcomes_are_cut_from_the_front(patch: Patch) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_machine_catches(name: str, monkeypatch: Patch) -> None:
     FAULTS[name](monkeypatch)
-    with pytest.raises((AssertionError, LookupError, ValueError, TypeError, AttributeError)):
+    with pytest.raises((AssertionError, LookupError, ValueError)):
         check_machine(max_examples=400)

@@ -1,0 +1,136 @@
+"""Whether a submission is taken, and what becomes of it: limits, idempotency keys, and the run bound to its kernel.
+
+Knows the rules at the door. Does not know routes, messages to send, or how tasks end.
+"""
+
+from collections.abc import Callable
+
+from penstock.broker.columns import view
+from penstock.broker.journal import Entry, digest_of
+from penstock.broker.protocol import Code, Error, Submit
+from penstock.broker.sessions import ClientSession
+from penstock.broker.spec import InputError
+from penstock.broker.state import BrokerState
+from penstock.broker.tasks import Run
+
+
+class Refusal(Exception):
+    """A submission is not taken; the error travels."""
+
+    def __init__(self, code: str, message: str, retry_after_ms: float | None = None) -> None:
+        super().__init__(message)
+        self.error = Error(code, message, retry_after_ms)
+
+
+class Admission:
+    """See the module. `is_settled`: whether no kernel is still to be expected; then an unknown one is refused."""
+
+    def __init__(self, state: BrokerState, is_settled: Callable[[float], bool]) -> None:
+        self._state = state
+        self._is_settled = is_settled
+        self._next_seq = 0
+
+    def credit(self, session: ClientSession) -> tuple[int, int]:
+        """What the session may have submitted in all: rows, bytes."""
+        config = self._state.config
+        return session.returned_rows + config.window_rows, session.returned_bytes + config.window_bytes
+
+    def check(self, session: ClientSession, m: Submit, num_rows: int, num_bytes: int, now: float) -> None:
+        """Whether a submission is within every limit.
+
+        Raises:
+            Refusal: it is not.
+        """
+        config, ledger = self._state.config, self._state.ledger
+        if self._state.is_draining:
+            raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
+        if m.is_durable and not self._state.journal.is_durable:
+            raise Refusal(Code.INVALID, "this broker keeps its tasks in memory: submit with durable=False")
+        if not 1 <= num_rows <= config.max_rows_per_run:
+            raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
+        if m.timeout_ms is not None and m.timeout_ms <= 0:
+            raise Refusal(Code.DEADLINE, "the time limit was over before the task arrived")
+        if num_bytes > min(config.window_bytes, config.max_queue_bytes):
+            most = min(config.window_bytes, config.max_queue_bytes)
+            raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
+        window_rows, window_bytes = self.credit(session)
+        if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
+            raise self._overloaded("the session's credit is used up", num_rows, now)
+        if session.num_unacked_bytes > config.max_result_bytes:
+            raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now)
+        if ledger.num_open + num_rows > config.max_queue_rows:
+            raise self._overloaded(f"the queue is full ({config.max_queue_rows} tasks)", num_rows, now)
+        if ledger.open_bytes + num_bytes > config.max_queue_bytes:
+            raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows, now)
+
+    def _overloaded(self, reason: str, num_rows: int, now: float) -> Refusal:
+        """With the time in which as many rows ended lately."""
+        per_s = self._state.finish_rate.at(now)
+        retry_ms = 1000.0 * num_rows / per_s if per_s > 0 else 1000.0
+        return Refusal(Code.OVERLOADED, reason, min(max(retry_ms, 20.0), 30_000.0))
+
+    def remembered(self, session: ClientSession, m: Submit, now: float) -> Entry | None:
+        """What the journal has under the idempotency key."""
+        if m.key is None:
+            return None
+        entry = self._state.journal.find(session.principal, m.key, now)
+        if entry is None:
+            return None
+        if entry.digest != digest_of(m):
+            raise Refusal(Code.CONFLICT, "this idempotency key was used with other content")
+        if entry.is_gone:
+            raise Refusal(Code.RESULT_GONE, "this submission was done; its result is no longer kept")
+        return entry
+
+    def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float) -> Run:
+        """Make the run, bound to its kernel unless that is still to come."""
+        kernel = self._state.kernels.known.get(m.kernel)
+        if kernel is None and self._is_settled(now):
+            known = ", ".join(sorted(self._state.kernels.known)) or "none: no worker has come yet"
+            raise Refusal(Code.UNKNOWN_KERNEL, f"no worker offers {m.kernel!r}; known kernels: {known}")
+        self._next_seq += 1
+        run = Run(session, m.id, m.kernel, m.block.num_rows, self._next_seq, now)
+        run.priority, run.scalars, run.traceparent = m.priority, m.scalars, m.traceparent
+        run.wants_partials, run.key, run.request, run.num_bytes = m.wants_partials, m.key, m, num_bytes
+        if m.timeout_ms is not None:
+            run.deadline = now + m.timeout_ms / 1000.0
+        if kernel is not None:
+            try:
+                self.bind(run)
+            except Refusal:
+                run.release()  # run and pieces know each other, and nobody collects cycles here
+                raise
+        session.used_rows += run.num_rows
+        session.used_bytes += num_bytes
+        self._state.ledger.open(run)
+        if m.key is not None and self._state.journal.find(session.principal, m.key, now) is None:
+            self._state.journal.accept(session.principal, m.key, digest_of(m), run)
+        return run
+
+    def bind(self, run: Run) -> None:
+        """Give a run its batch key under the current version of its kernel.
+
+        Raises:
+            Refusal: the kernel does not take it.
+        """
+        spec = self._state.kernels.known[run.kernel]
+        m: Submit = run.request
+        if m.is_again and not spec.is_idempotent:
+            raise Refusal(Code.UNAVAILABLE, f"{run.kernel!r} may have started under an earlier broker and is not idempotent")
+        try:
+            binding = spec.bind(m, run.session.principal)
+        except InputError as e:
+            raise Refusal(Code.INVALID, str(e)) from e
+        run.block, run.cost_ms = binding.block, binding.cost_ms
+        run.queue = self._state.policy.queue(binding.key, spec, binding.mode)
+
+
+def is_same(first: Submit, again: Submit) -> bool:
+    """Whether two submissions under one id are the same, byte for byte."""
+    a, b = first.block, again.block
+    return (
+        (first.kernel, first.statics, first.scalars, a.columns, a.num_rows)
+        == (again.kernel, again.statics, again.scalars, b.columns, b.num_rows)
+        and list(a.lengths) == list(b.lengths)
+        and all(view(x) == view(y) for x, y in zip(a.frames, b.frames, strict=True))
+    )
