@@ -37,7 +37,7 @@ from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece, Run
 from penstock.broker.wire import Message
 
-MAX_CLOSED_PER_TURN = 500
+MAX_CLOSED_PER_TURN = 250
 MAX_REPLAYED = 32
 """Remembered outcomes per message: each has a header of its own."""
 

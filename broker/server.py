@@ -28,6 +28,7 @@ log = logging.getLogger("penstock.broker")
 # is why the poller, one call for everything, is asked instead.
 _SNDMORE, _NOBLOCK = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 MAX_MESSAGES_PER_TURN = 128
+MAX_INTAKE_S = 0.005
 MAX_SEND_BACKLOG = 20_000
 FAREWELL_S = 0.2
 COPIED_BYTES = 2048
@@ -168,7 +169,7 @@ class Server:
         ready = self._poller.poll(wait_ms)
         started = time.monotonic()
         num_left = MAX_MESSAGES_PER_TURN
-        while ready and num_left > 0:
+        while ready and num_left > 0 and time.monotonic() - started < MAX_INTAKE_S:
             num_left -= len(ready)
             for source, _ in ready:
                 if isinstance(source, int):
