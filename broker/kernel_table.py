@@ -47,9 +47,6 @@ class KernelTable:
                 self.known[name] = self._interned[others[-1]]
                 del self._interned[kind]
 
-    def is_offered(self, name: str) -> bool:
-        return any(k[0] == name for k in self._offers)
-
     def current(self) -> set[tuple[str, bytes]]:
         """What queued work may be bound to: versions on offer, and versions that nobody offers but nothing replaces."""
         return set(self._offers) | {(s.name, s.digest) for s in self.known.values()}

@@ -198,7 +198,7 @@ class Control(Message):
 
 @message("heartbeat")
 class Heartbeat(Message):
-    """I am here. `ack` acknowledges as `Ack` does; `session` names a worker's session from its second socket."""
+    """I am here. `ack` acknowledges as `Ack` does."""
 
     ack: int = wire(COUNT, default=0)
 

@@ -60,7 +60,7 @@ class Server:
         self._wake: Any = None
         self._ended: list[int] = []
         self._types = {FRONT: FROM_CLIENT, BACK: FROM_WORKER}
-        self._processes: dict[int, tuple[int, int]] = {}
+        self._processes: dict[int, int] = {}  # descriptor -> process
         self._poller = zmq.Poller()
         self._stop_at: float | None = None
 
@@ -110,9 +110,8 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         published = connection_file()
-        if self.address.is_ipc or self.address.is_local:
-            published.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_connection(published, self.address, os.getpid())
+        published.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_connection(published, self.address, os.getpid())
         _tune_gc()
         log.info("broker %d listens at %s", os.getpid(), self.address.url)
         try:
@@ -131,7 +130,7 @@ class Server:
 
     def close(self) -> None:
         """Let go of the address."""
-        for fd, _ in self._processes.values():
+        for fd in self._processes:
             os.close(fd)
         self._processes.clear()
         for s in self._sockets.values():
@@ -245,20 +244,19 @@ class Server:
 
     def _watch(self, pid: int) -> None:
         """Learn at once when a worker on this machine dies; elsewhere its silence tells."""
-        if pid == 0 or pid in self._processes or not hasattr(os, "pidfd_open"):
+        if pid == 0 or pid in self._processes.values() or not hasattr(os, "pidfd_open"):
             return
         try:
             fd = os.pidfd_open(pid)
         except OSError as e:
             log.warning("cannot watch process %d: %s", pid, e)
             return
-        self._processes[pid] = (fd, pid)
+        self._processes[fd] = pid
         self._poller.register(fd, zmq.POLLIN)
 
     def _report_ended(self) -> None:
         for fd in self._ended:
-            pid = next(p for f, p in self._processes.values() if f == fd)
-            del self._processes[pid]
+            pid = self._processes.pop(fd)
             os.close(fd)
             log.info("worker process %d has ended", pid)
             self._handle(ProcessEnded(pid))
