@@ -1,25 +1,28 @@
 """`python -m penstock.broker`: one broker in the foreground."""
 
 import argparse
+import functools
 import logging
 import sys
 from pathlib import Path
 
 from penstock.broker.address import Address, AddressError
-from penstock.broker.config import BrokerConfig
+from penstock.broker.configuration import load_settings
 from penstock.broker.server import AlreadyRunning, Server
-from penstock.broker.settings import SettingsError, load
+from penstock.broker.settings import SettingsError
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="penstock broker",
         description="The queue between clients and GPU workers. Listens on ipc by default; Ctrl-C lets open tasks finish.",
-        epilog="Every setting of [broker] in penstock.toml can be given as PENSTOCK_BROKER_<NAME>. "
+        epilog="Every setting of [broker] in penstock.toml can be given as PENSTOCK_BROKER_<NAME>. SIGHUP reads them again. "
         "Exit status: 0 stopped, 2 wrong settings, 3 the address is taken.",
     )
     p.add_argument("--url", help="ipc:///folder, or tcp://127.0.0.1:port (workers at port + 1)")
     p.add_argument("--config", type=Path, metavar="FILE", help="a penstock.toml (default: ./penstock.toml if it is there)")
+    p.add_argument("--metrics", metavar="HOST:PORT", help="pages for Prometheus and health checks, such as 127.0.0.1:9464")
+    p.add_argument("--state-dir", type=Path, metavar="DIR", help="what was learned (default: $XDG_STATE_HOME/penstock)")
     p.add_argument("--max-queue-rows", type=int, metavar="N", help="open tasks of all clients (default 100000)")
     p.add_argument("--max-queue-bytes", type=int, metavar="N", help="their payload (default 1 GiB)")
     p.add_argument("--window-rows", type=int, metavar="N", help="open tasks of one client (default 4096)")
@@ -33,9 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     logging.basicConfig(level=args.pop("log_level").upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
     file = args.pop("config")
+    load = functools.partial(load_settings, file, args)
     try:
-        config = load(BrokerConfig, "broker", file=file, overrides=args)
-        server = Server(config, Address.find(config.url) if config.url else Address.default())
+        settings = load()
+        url = settings.broker.url
+        server = Server(settings, Address.find(url) if url else Address.default(), load)
         server.open()
     except (SettingsError, AddressError, ValueError, OSError) as e:
         print(f"penstock broker: {e}", file=sys.stderr)

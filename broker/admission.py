@@ -1,4 +1,4 @@
-"""Whether a submission is taken, and what becomes of it: limits, idempotency keys, and the run bound to its kernel.
+"""Whether a submission is taken, and what becomes of it: limits, quotas, predicted work, idempotency keys, and its kernel.
 
 Knows the rules at the door. Does not know routes, messages to send, or how tasks end.
 """
@@ -8,18 +8,25 @@ from collections.abc import Callable
 from penstock.broker.columns import view
 from penstock.broker.journal import Entry, digest_of
 from penstock.broker.protocol import Code, Error, Submit
+from penstock.broker.scheduling.accounts import Account
+from penstock.broker.scheduling.overload import Backlog, work_refusal
 from penstock.broker.sessions import ClientSession
 from penstock.broker.spec import InputError
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import Run
 
+MIN_MEASURED = 3
+GUESS_SLACK = 2.0
+"""While a kernel is not well known, from so many batches on a wait of so many time limits is too long."""
+
 
 class Refusal(Exception):
-    """A submission is not taken; the error travels."""
+    """A submission is not taken; the error travels. `short_of` is one word for what there was too little of, for metrics."""
 
-    def __init__(self, code: str, message: str, retry_after_ms: float | None = None) -> None:
+    def __init__(self, code: str, message: str, retry_after_ms: float | None = None, short_of: str = "") -> None:
         super().__init__(message)
         self.error = Error(code, message, retry_after_ms)
+        self.short_of = short_of
 
 
 class Admission:
@@ -55,19 +62,55 @@ class Admission:
             raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
         window_rows, window_bytes = self.credit(session)
         if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
-            raise self._overloaded("the session's credit is used up", num_rows, now)
+            raise self._overloaded("the session's credit is used up", num_rows, now, "credit")
         if session.num_unacked_bytes > config.max_result_bytes:
-            raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now)
+            raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now, "acks")
         if ledger.num_open + num_rows > config.max_queue_rows:
-            raise self._overloaded(f"the queue is full ({config.max_queue_rows} tasks)", num_rows, now)
+            raise self._overloaded(f"the queue is full ({config.max_queue_rows} tasks)", num_rows, now, "queue")
         if ledger.open_bytes + num_bytes > config.max_queue_bytes:
-            raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows, now)
+            raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows, now, "memory")
+        self._check_quota(session.account, num_rows, num_bytes, now)
 
-    def _overloaded(self, reason: str, num_rows: int, now: float) -> Refusal:
+    def _check_quota(self, account: Account, num_rows: int, num_bytes: int, now: float) -> None:
+        key, drain_s = (account.principal, account.name), account.num_open / max(self._state.finish_rate.at(now), 1e-3)
+        over = self._state.quotas.check(key, num_rows, account.num_open, account.open_bytes, num_bytes, now, drain_s)
+        if over is not None:
+            raise _refusal(over.reason, over.retry_after_s, "quota")
+
+    def _check_work(self, run: Run, now: float) -> None:
+        """Whether the work that is queued ahead, as predicted, leaves a run its time; and whether its class is open."""
+        state, policy, account = self._state, self._state.policy, run.account
+        queue = run.queue
+        assert queue is not None
+        slack = 1.0 if policy.predictor.is_known(run.kernel) else GUESS_SLACK
+        if slack > 1.0 and queue.num_measured < MIN_MEASURED:
+            return  # a guess refuses nobody
+        ahead = self._ahead(account, now)
+        alone_ms = run.spread * (max(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms)
+        total_ms = sum(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms * run.num_rows
+        work_ms, left_ms = total_ms * queue.share, 1000.0 * (run.deadline - now)
+        run.expected_s = ahead.wait_s(max(work_ms - alone_ms, 0.0))
+        over = state.codel.refusal(run.priority, ahead.wait_s(), now) or work_refusal(
+            ahead, work_ms, alone_ms, 0.001 * slack * left_ms / queue.lateness,
+            policy.config.wait_budgets_s()[run.priority], policy.config.max_queue_device_s,
+        )  # fmt: skip
+        if over is not None and over.retry_after_s is None and left_ms < max(alone_ms, work_ms / ahead.num_workers):
+            raise Refusal(Code.DEADLINE, over.reason, short_of="time")  # no wait will help
+        if over is not None:
+            raise _refusal(over.reason, over.retry_after_s, "time")
+
+    def _ahead(self, account: Account, now: float) -> Backlog:
+        """The work that stands before whatever an account submits now."""
+        policy, workers = self._state.policy, self._state.serving()
+        own_ms = account.alone_ms * policy.work_ms / policy.alone_ms if policy.alone_ms else 0.0
+        leased_ms = sum(lease.left_ms(now) for worker in workers for lease in worker.leases.values())
+        return Backlog(policy.work_ms, own_ms, policy.accounts.share(account), leased_ms, len(workers))
+
+    def _overloaded(self, reason: str, num_rows: int, now: float, short_of: str) -> Refusal:
         """With the time in which as many rows ended lately."""
         per_s = self._state.finish_rate.at(now)
         retry_ms = 1000.0 * num_rows / per_s if per_s > 0 else 1000.0
-        return Refusal(Code.OVERLOADED, reason, min(max(retry_ms, 20.0), 30_000.0))
+        return Refusal(Code.OVERLOADED, reason, min(max(retry_ms, 20.0), 30_000.0), short_of)
 
     def remembered(self, session: ClientSession, m: Submit, now: float) -> Entry | None:
         """What the journal has under the idempotency key."""
@@ -97,11 +140,13 @@ class Admission:
         if kernel is not None:
             try:
                 self.bind(run)
+                self._check_work(run, now)
             except Refusal:
                 run.release()  # run and pieces know each other, and nobody collects cycles here
                 raise
         session.used_rows += run.num_rows
         session.used_bytes += num_bytes
+        self._state.quotas.take((run.account.principal, run.account.name), run.num_rows, now)
         self._state.ledger.open(run)
         if m.key is not None and self._state.journal.find(session.principal, m.key, now) is None:
             self._state.journal.accept(session.principal, m.key, digest_of(m), run)
@@ -123,6 +168,11 @@ class Admission:
             raise Refusal(Code.INVALID, str(e)) from e
         run.block, run.cost_ms = binding.block, binding.cost_ms
         run.queue = self._state.policy.queue(binding.key, spec, binding.mode)
+        self._state.policy.estimate(run)
+
+
+def _refusal(reason: str, retry_after_s: float | None, short_of: str) -> Refusal:
+    return Refusal(Code.OVERLOADED, reason, None if retry_after_s is None else 1000.0 * retry_after_s, short_of)
 
 
 def is_same(first: Submit, again: Submit) -> bool:

@@ -57,7 +57,7 @@ class Clients:
         on_unwanted: Callable[[Lease], None],
         is_settled: Callable[[float], bool],
         report: Callable[[float], dict[str, Any]],
-        control: Callable[[str, str], Error | None],
+        control: Callable[[str, str, float], Error | None],
     ) -> None:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
@@ -97,7 +97,7 @@ class Clients:
             case Status():
                 self._answer_status(session, m, now)
             case Control():
-                error = self._control(m.op, m.target)
+                error = self._control(m.op, m.target, now)
                 self.state.send(FRONT, route, Reply(request=m.request, error=error))
             case Goodbye():
                 self._leave(session)
@@ -116,7 +116,9 @@ class Clients:
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
-            session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now)
+            account = self.state.policy.accounts.get(principal, m.name, self.state.quotas.rules(m.name).weight)
+            account.num_sessions += 1
+            session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
         self.lose_route(route)  # whoever was at this address is not there any more
         if session.route is not None:
             self.lose_route(session.route)
@@ -160,6 +162,7 @@ class Clients:
             del self.by_route[session.route]
         session.route = None
         session.is_closed = True
+        session.account.num_sessions -= 1
         session.outbox.clear()
         self._closing.append(session)
 
@@ -207,6 +210,7 @@ class Clients:
             run = self._admission.open(session, m, num_bytes, now)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1
+            self.state.metrics.refused(refusal.error.code, refusal.short_of, num_rows)
             self.state.send(FRONT, session.route, Refused(id=m.id, error=refusal.error))
             return
         if entry is not None and entry.run is not None:
@@ -260,7 +264,7 @@ class Clients:
                 self.end_pieces([(p, p.start, p.stop) for p in queued], "failed", refusal.error, now)
                 continue
             for piece in queued:
-                self.state.policy.push(piece)
+                self.state.ledger.push(piece)
 
     def _replay(self, session: ClientSession, m: Submit, entry: Entry, num_rows: int, num_bytes: int) -> None:
         """Answer a submission whose twin is over with the twin's outcomes."""
@@ -294,6 +298,7 @@ class Clients:
             run = self.state.ledger.overdue(now)
             if run is None:
                 return
+            self.state.policy.expired(run, now)
             has_started = any(p.state == LEASED for p in run.pieces)
             text = "the time limit was over while it was " + ("running" if has_started else "waiting")
             self.end_run(run, EXPIRED, Error(Code.DEADLINE, text), now)
@@ -346,14 +351,24 @@ class Clients:
     # --- status ----------------------------------------------------------------------------------------------------
 
     def _answer_status(self, session: ClientSession, m: Status, now: float) -> None:
-        body = reports.fitting(self._report(now)) if m.id is None else self._task_report(session, m.id, now)
+        if m.what not in ("", "tasks"):
+            error = Error(Code.INVALID, f"unknown status {m.what!r}; there are: '' and tasks")
+            self.state.send(FRONT, session.route, Reply(request=m.request, error=error))
+            return
+        if m.what == "tasks":
+            body = reports.of_tasks(self.state, self.state.ledger.runs_of(session.principal), now)
+        elif m.id is not None:
+            body = self._task_report(session, m.id, now)
+        else:
+            body = reports.fitting(self._report(now))
         self.state.send(FRONT, session.route, Reply(request=m.request, body=body))
 
     def _task_report(self, session: ClientSession, run_id: bytes, now: float) -> dict[str, Any]:
-        run = self._find(session, run_id)
+        """Of any run of the same principal: whoever may submit as it may also ask."""
+        run = self.state.ledger.find(session.principal, run_id)
         if run is None:
             return {"state": "finished" if run_id in session.finished else "unknown"}
-        return reports.of_task(self.state.policy, run, now)
+        return reports.of_task(self.state, run, now)
 
 
 def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) -> Iterable[bytes]:

@@ -1,8 +1,18 @@
 """The broker's settings. Knows their meaning, units and bounds; `settings.py` knows where they come from."""
 
+import re
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
 
+from penstock.broker.address import LOOPBACK
 from penstock.broker.wire import MAX_ROWS
+
+NEEDS_RESTART: Final = ("url", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes")
+"""Settings that sockets, peers and the journal were given once, and cannot be given again."""
+_NO_NUMBERS: Final = ("url", "metrics", "state_dir")
+_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s")
+_HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +21,10 @@ class BrokerConfig:
 
     url: str = ""
     """Address to bind; empty: the default ipc folder."""
+    metrics: str = ""
+    """host:port of the pages /metrics, /healthz and /status, on this machine only; empty: none."""
+    state_dir: Path | None = None
+    """Where to keep what was learned; None: $XDG_STATE_HOME/penstock or ~/.local/state/penstock."""
     max_queue_rows: int = 100_000
     """Open tasks (queued or running) of all clients."""
     max_queue_bytes: int = 1 << 30
@@ -46,12 +60,27 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("worker_grace_s", "drain_s"):
+            if f.name in _MAY_BE_ZERO:
                 if not value >= 0:
                     raise ValueError(f"{f.name} must be 0 or more, not {value!r}")
-            elif f.name != "url" and not value > 0:
+            elif f.name not in _NO_NUMBERS and not value > 0:
                 raise ValueError(f"{f.name} must be above 0, not {value!r}")
         if self.max_rows_per_run > MAX_ROWS:
             raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")
         if self.liveness_s * 1000 < 2 * self.heartbeat_ms:
             raise ValueError("liveness_s must be at least two heartbeats")
+        if self.metrics:
+            self.metrics_endpoint()
+
+    def metrics_endpoint(self) -> tuple[str, int]:
+        """Where the pages are: a numeric loopback address and a port; 0 is any that is free.
+
+        Raises:
+            ValueError: `metrics` is none, or not on this machine.
+        """
+        match = _HOST_PORT.fullmatch(self.metrics)
+        if not match or int(match[2]) > 65535:
+            raise ValueError(f"metrics is host:port, such as 127.0.0.1:9464, not {self.metrics!r}")
+        if match[1] not in LOOPBACK:
+            raise ValueError(f"metrics are for this machine only: use 127.0.0.1:{match[2]}, not {self.metrics!r}")
+        return ("127.0.0.1" if match[1] == "localhost" else match[1].strip("[]")), int(match[2])

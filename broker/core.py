@@ -6,19 +6,25 @@ arrived was taken in, so that they are as full as they can be (late binding).
 
 from typing import Any
 
+from penstock.broker import reports
 from penstock.broker.clients import Clients
 from penstock.broker.config import BrokerConfig
+from penstock.broker.configuration import Configuration
+from penstock.broker.dispatch import Dispatch
 from penstock.broker.journal import Journal, MemoryJournal
-from penstock.broker.policy import PullPolicy
+from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.protocol import Code, Error, Fault, Goodbye
-from penstock.broker.sessions import Route, WorkerSession
+from penstock.broker.scheduling.events import Event as SchedulingEvent
+from penstock.broker.scheduling.overload import CoDel
+from penstock.broker.scheduling.pull import PullPolicy
+from penstock.broker.sessions import Route
+from penstock.broker.settings import SettingsError
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
-from penstock.broker.tasks import FAILED, QUEUED, Lease
+from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
-MAX_ASSIGNS_PER_TURN = 256
 
 
 @record
@@ -70,7 +76,10 @@ Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop
 
 
 class Core:
-    """See the module. `epoch` is drawn by the shell: below 2**31, different at every start."""
+    """See the module. `epoch` is drawn by the shell: below 2**31, different at every start.
+
+    `configuration` reads the settings again when asked to; without one there is nothing to reload.
+    """
 
     def __init__(
         self,
@@ -80,12 +89,21 @@ class Core:
         policy: PullPolicy | None = None,
         journal: Journal | None = None,
         pid: int = 0,
+        configuration: Configuration | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.pid = pid
+        self._configuration = configuration
+        if policy is None:
+            policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
         journal = journal or MemoryJournal(config.dedup_window_s, config.dedup_bytes)
-        self.state = BrokerState(config, epoch, now, policy or PullPolicy(), journal)
+        self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics())
+        if configuration is not None:
+            self.state.quotas.replace(configuration.current.clients)
         self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control)
         self.workers = Workers(self.state, self.clients)
+        self.dispatch = Dispatch(self.state, self.workers.assign, self._give_up)
+        self.workers.dispatch = self.dispatch
         self._swept_at = self._turned_at = now
         self._has_more = False
 
@@ -139,26 +157,13 @@ class Core:
             self.clients.sweep(now)
             self.workers.sweep(now)
             self._refuse_unknown(now)
-        self._has_more = self._dispatch(now)
+            regression = self.dispatch.maintain(now)
+            if regression is not None:
+                self._roll_back(regression, now)
+        self._has_more = self.dispatch.run(now)
 
-    def _dispatch(self, now: float) -> bool:
-        """Give batches to workers with room, the least loaded first; True if the bound per turn was met."""
-        num_left = MAX_ASSIGNS_PER_TURN
-        while num_left and self.state.policy.num_rows and self._assign_one(now):
-            num_left -= 1
-        return not num_left
-
-    def _assign_one(self, now: float) -> bool:
-        workers = list(self.workers.by_route.values())
-        if len(workers) > 1:
-            workers.sort(key=_num_leases)
-        for worker in workers:
-            offer = worker.offer()
-            taken = self.state.policy.take(offer) if offer is not None else None
-            if taken is not None:
-                self.workers.assign(self.state.ledger.lease(*taken, worker, now))
-                return True
-        return False
+    def _give_up(self, piece: Piece, error: Error, now: float) -> None:
+        self.clients.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
 
     def _cancel_lease(self, lease: Lease) -> None:
         self.workers.cancel(lease)
@@ -190,7 +195,8 @@ class Core:
         """When `Turn` is due if nothing arrives before; `now` if there is more to do at once; None if never."""
         if self._has_more or self.clients.is_closing:
             return now
-        first = self.state.ledger.next_deadline()
+        dues = [due for due in (self.state.ledger.next_deadline(), self.state.policy.wake_at) if due is not None]
+        first = min(dues, default=None)
         if self.workers.by_secret or len(self.clients) or self.state.kernels.parked:
             sweep_at = self._swept_at + max(SWEEP_S, self.state.config.heartbeat_ms / 1000.0)
             return sweep_at if first is None else min(first, sweep_at)
@@ -214,15 +220,52 @@ class Core:
             Send(BACK, r, goodbye) for r in self.workers.by_route
         ]
 
-    def _control(self, op: str, target: str) -> Error | None:
+    def _control(self, op: str, target: str, now: float) -> Error | None:
+        if op == "reload":
+            return self.reload(now)
         if op != "drain":
-            return Error(Code.INVALID, f"unknown control {op!r}; there is: drain")
+            return Error(Code.INVALID, f"unknown control {op!r}; there are: drain, reload")
         for worker in self.workers.by_secret.values():
             if worker.name == target:
                 self.workers.drain(worker)
                 return None
         names = ", ".join(sorted(w.name for w in self.workers.by_secret.values())) or "none"
         return Error(Code.INVALID, f"no worker is called {target!r}; workers: {names}")
+
+    # --- configuration ---------------------------------------------------------------------------------------------
+
+    def reload(self, now: float) -> Error | None:
+        """Read the settings again and go by them; the last good ones stay if they cannot be used."""
+        if self._configuration is None:
+            return Error(Code.INVALID, "this broker was started without a configuration to read again")
+        try:
+            changes = self._configuration.reload(now)
+        except SettingsError as e:
+            self.state.events.add(SchedulingEvent(now, "reload_refused", "configuration", str(e)))
+            return Error(Code.INVALID, f"the settings stay as they are: {e}")
+        if changes:
+            self._reconfigure("reloaded", changes, now)
+            self.dispatch.reconfigured(now)
+        return None
+
+    def _roll_back(self, reason: str, now: float) -> None:
+        changes = self._configuration.roll_back(reason, now) if self._configuration is not None else []
+        if changes:
+            self._reconfigure("rolled_back", changes, now)
+
+    def _reconfigure(self, what: str, changes: list[str], now: float) -> None:
+        """Go by the current settings from now on."""
+        assert self._configuration is not None
+        state, current = self.state, self._configuration.current
+        state.events.add(SchedulingEvent(now, what, "configuration", "; ".join(changes)))
+        state.config = current.broker
+        if current.scheduling.wait_budgets_s() != state.policy.config.wait_budgets_s():
+            state.codel = CoDel(current.scheduling.wait_budgets_s())
+        for piece in state.policy.reconfigure(current.scheduling):
+            state.ledger.push(piece)
+        state.quotas.replace(current.clients)
+        for account in state.policy.accounts:
+            account.weight = state.quotas.rules(account.name).weight
 
     def report(self, now: float) -> dict[str, Any]:
         """The body of `status`."""
@@ -241,10 +284,12 @@ class Core:
                 **state.ledger.outcomes,
             },
             "tasks_per_s": state.finish_rate.at(now),
-            "queues": state.policy.occupancy(),
+            "queues": reports.of_queues(state.policy),
+            **reports.of_scheduling(state, now),
             "workers": self.workers.report(),
             "kernels": {name: dict(spec.wire) for name, spec in state.kernels.known.items()},
             "counters": dict(state.counters),
+            **({} if self._configuration is None else {"config": self._configuration.report(now)}),
         }  # fmt: skip
 
     # --- invariants ------------------------------------------------------------------------------------------------
@@ -281,7 +326,3 @@ class Core:
         for run in state.ledger.runs():
             assert id(run) in waiting or not any(p.state == QUEUED and p.entry is None for p in run.pieces), "forgotten"
         assert not state.policy.stale(state.kernels.current()), "queued for a version that nobody offers any more"
-
-
-def _num_leases(worker: WorkerSession) -> int:
-    return len(worker.leases)

@@ -9,7 +9,9 @@ from itertools import chain, pairwise
 
 from sortedcontainers import SortedList
 
-from penstock.broker.policy import BatchQueue, PullPolicy
+from penstock.broker.scheduling.batch import Batch
+from penstock.broker.scheduling.lanes import BatchQueue
+from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import WorkerSession
 from penstock.broker.tasks import LEASED, MOVES, QUEUED, Lease, Piece, Run
 
@@ -52,6 +54,9 @@ class Ledger:
     def runs(self) -> Iterator[Run]:
         return chain.from_iterable(part.values() for parts in self._runs.values() for part in parts)
 
+    def runs_of(self, principal: str) -> Iterator[Run]:
+        return chain.from_iterable(part.values() for part in self._runs.get(principal, ()))
+
     def open(self, run: Run) -> None:
         """Take in a new run; its rows are queued, in no queue yet."""
         self._runs[run.session.principal][run.id[0]][run.id] = run
@@ -59,15 +64,23 @@ class Ledger:
         self.num_rows[QUEUED] += run.num_rows
         self.num_open += run.num_rows
         self.open_bytes += run.num_bytes
+        run.account.num_open += run.num_rows
+        run.account.open_bytes += run.num_bytes
         if run.deadline != float("inf"):
             self._deadlines.add((run.deadline, run.seq, run))
 
     def enqueue(self, run: Run, queue: BatchQueue) -> None:
-        """Put what is queued of a run into a queue."""
+        """Put what is queued of a run into a queue, in pieces of about equal predicted time."""
         run.queue = queue
-        for piece in run.pieces:
+        for piece in list(run.pieces):
             if piece.state == QUEUED:
-                self.policy.push(piece)
+                self.push(piece)
+
+    def push(self, piece: Piece) -> None:
+        """Put a piece where the policy wants it, cut as the policy wants it."""
+        parts = [piece, *(piece.split(at) for at in reversed(self.policy.cuts(piece)))]
+        for part in sorted(parts, key=_start) if len(parts) > 1 else parts:
+            self.policy.push(part)
 
     def next_deadline(self) -> float | None:
         return self._deadlines[0][0] if self._deadlines else None
@@ -91,23 +104,20 @@ class Ledger:
             self.num_rows[state] += num_rows
         piece.state = state
 
-    def lease(self, queue: BatchQueue, picked: list[tuple[Piece, int]], worker: WorkerSession, now: float) -> Lease:
-        """Give the picked rows to a worker."""
+    def lease(self, batch: Batch, worker: WorkerSession, now: float) -> Lease:
+        """Give the rows of a batch to a worker."""
         pieces = list[Piece]()
         num_bytes = 0
-        for piece, num_rows in picked:
+        for piece, num_rows in batch.picked:
             num_bytes += num_rows * (piece.run.num_bytes // piece.run.num_rows)
-            if num_rows == piece.num_rows:
-                self.policy.remove(piece)
-                pieces.append(piece)
-            else:
-                front = Piece(piece.run, piece.start, piece.start + num_rows)
-                front.deaths, front.is_isolated = piece.deaths, piece.is_isolated
-                self.policy.trim(piece, front.stop, piece.stop)
-                piece.run.pieces.append(front)
-                pieces.append(front)
+            if piece.entry is not None:  # only its first rows were picked
+                rest, piece = piece, Piece(piece.run, piece.start - num_rows, piece.start)
+                piece.deaths, piece.is_isolated = rest.deaths, rest.is_isolated
+                rest.run.pieces.append(piece)
+            pieces.append(piece)
         self._next_token += 1
-        lease = Lease(self._next_token, worker, queue, pieces, now)
+        lease = Lease(self._next_token, worker, batch, pieces, now)
+        batch.picked = []
         lease.num_bytes = num_bytes
         for piece in pieces:
             self.move(piece, LEASED)
@@ -145,6 +155,7 @@ class Ledger:
         run.pieces.remove(piece)
         run.num_open -= piece.num_rows
         self.num_open -= piece.num_rows
+        run.account.num_open -= piece.num_rows
         self.outcomes[state] += piece.num_rows
         if run.num_open == 0:
             self._forget(run)
@@ -165,6 +176,7 @@ class Ledger:
         del self._runs[run.session.principal][run.id[0]][run.id]
         run.session.runs.remove(run)
         self.open_bytes -= run.num_bytes
+        run.account.open_bytes -= run.num_bytes
         if run.deadline != float("inf"):
             self._deadlines.remove((run.deadline, run.seq, run))
         run.release()
@@ -198,3 +210,7 @@ class Ledger:
                 if queue is not None and queue.spec is lease.queue.spec:
                     assert queue.key == lease.queue.key, "keys mixed"
         self.policy.check()
+
+
+def _start(piece: Piece) -> int:
+    return piece.start

@@ -181,15 +181,17 @@ class Ack(Message):
 
 @message("status")
 class Status(Message):
-    """Asks for the state of one submission, or of the whole broker without `id`."""
+    """Asks for the state of one submission of the same principal by its `id`; without one, of the whole broker, or of
+    the principal's open submissions if `what` is "tasks"."""
 
     request: int = wire(COUNT)
     id: bytes | None = wire(binary(ID_BYTES, ID_BYTES, can_be_nil=True), default=None)
+    what: str = wire(text(16), default="")
 
 
 @message("control")
 class Control(Message):
-    """An operator's wish: `drain` a worker by its name."""
+    """An operator's wish: `drain` a worker by its name (`target`), or `reload` the broker's configuration."""
 
     request: int = wire(COUNT)
     op: str = wire(NAME)

@@ -1,15 +1,14 @@
-"""The broker's shell: the only file with the broker's sockets. Polls, drains, hands events to the core, performs actions.
+"""The broker's shell: the file with the broker's ZeroMQ sockets. Polls, drains, hands events to the core, performs actions.
 
-Knows ZeroMQ, signals and processes. Decides nothing.
+Knows ZeroMQ, signals and whom to ask when something else is ready. Decides nothing.
 """
 
 import fcntl
 import gc
 import logging
 import os
-import signal
-import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,15 @@ import zmq
 
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
 from penstock.broker.config import BrokerConfig
+from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
+from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
+from penstock.broker.metrics import Metrics, NoMetrics
+from penstock.broker.pages import pages_of
+from penstock.broker.processes import Processes
 from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, Attach, Hello, WorkerHeartbeat, WorkerHello
+from penstock.broker.responder import Responder
+from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
 from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
 
@@ -44,25 +50,35 @@ class Server:
 
     Args:
         address: where to listen; beyond this machine is refused.
+        load: reads all settings again.
     """
 
-    def __init__(self, config: BrokerConfig, address: Address) -> None:
+    def __init__(self, settings: Settings, address: Address, load: Callable[[], Settings]) -> None:
         if not address.is_local:
             raise ValueError(f"{address.url}: the broker binds to ipc and loopback only")
+        now = time.monotonic()
         self.address = address
-        self.config = config
-        self.core = Core(config, int.from_bytes(os.urandom(4), "big") >> 1, time.monotonic(), pid=os.getpid())
+        self.core = Core(
+            settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, pid=os.getpid(),
+            configuration=Configuration(settings, load, now), metrics=Metrics() if settings.broker.metrics else NoMetrics(),
+        )  # fmt: skip
         self.longest_turn_s = 0.0
         self._lock: Any = None
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._sides: dict[Any, str] = {}
-        self._wake: Any = None
-        self._ended: list[int] = []
         self._types = {FRONT: FROM_CLIENT, BACK: FROM_WORKER}
-        self._processes: dict[int, int] = {}  # descriptor -> process
         self._poller = zmq.Poller()
+        self._processes = Processes(self._poller)
+        self._responder = Responder(pages_of(self.core))
+        self._keepers: list[Keeper] = []
+        self._signals = Signals()
         self._stop_at: float | None = None
+
+    @property
+    def config(self) -> BrokerConfig:
+        """As it is now."""
+        return self.core.state.config
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -71,6 +87,7 @@ class Server:
 
         Raises:
             AlreadyRunning: another broker has it.
+            ValueError: an address that cannot be had.
         """
         if self.address.is_ipc:
             folder = self.address.folder
@@ -79,6 +96,18 @@ class Server:
         for side, endpoint in ((FRONT, self.address.front), (BACK, self.address.back)):
             self._sockets[side] = s = self._bind(endpoint)
             self._sides[s] = side
+        if self.config.metrics:
+            host, port = self.config.metrics_endpoint()
+            port = self._responder.open(host, port)
+            log.info("metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
+        self.keep("predictions", self.core.state.policy.predictor)
+
+    def keep(self, name: str, learner: Learner) -> None:
+        """Have what it learns outlive this process, in a folder that is ours once the address is."""
+        folder = broker_folder(self.config.state_dir or default_state_dir(), self.address.url)
+        keeper = Keeper(folder / f"{name}.json", learner, time.monotonic())
+        keeper.restore()
+        self._keepers.append(keeper)
 
     def _bind(self, endpoint: str) -> "zmq.Socket[bytes]":
         s = self._context.socket(zmq.ROUTER)
@@ -103,36 +132,24 @@ class Server:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then let what is open finish."""
-        wake_reader, wake_writer = socket.socketpair()
-        wake_reader.setblocking(False)
-        wake_writer.setblocking(False)
-        signal.set_wakeup_fd(wake_writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._signals.install()
         published = connection_file()
         published.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_connection(published, self.address, os.getpid())
         _tune_gc()
         log.info("broker %d listens at %s", os.getpid(), self.address.url)
         try:
-            self._loop(wake_reader)
+            self._loop()
         finally:
             remove_connection(published, os.getpid())
             self.close()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self._stop_at is None:
-            self._stop_at = now + self.config.drain_s
-            log.info("stopping: %d open tasks may finish within %.0f s", self.core.state.ledger.num_open, self.config.drain_s)
-        else:
-            self._stop_at = now
-
     def close(self) -> None:
-        """Let go of the address."""
-        for fd in self._processes:
-            os.close(fd)
-        self._processes.clear()
+        """Let go of the address, and leave what was learned behind."""
+        for keeper in self._keepers:
+            keeper.close()
+        self._responder.close()
+        self._processes.close()
         for s in self._sockets.values():
             s.close()
         self._context.term()
@@ -141,14 +158,16 @@ class Server:
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
-    def _loop(self, wake: socket.socket) -> None:
-        self._wake = wake
-        for source in (*self._sockets.values(), wake.fileno()):
+    def _loop(self) -> None:
+        for source in (*self._sockets.values(), self._signals.fd):
             self._poller.register(source, zmq.POLLIN)
-        while self._stop_at is None:
+        self._responder.attach(self._poller)
+        while not self._signals.num_stops:
             self._turn(self._wait_ms())
+        self._stop_at = time.monotonic() + self.config.drain_s
+        log.info("stopping: %d open tasks may finish within %.0f s", self.core.state.ledger.num_open, self.config.drain_s)
         self._handle(Stop())
-        while not self.core.is_idle and time.monotonic() < self._stop_at:
+        while not self.core.is_idle and self._signals.num_stops == 1 and time.monotonic() < self._stop_at:
             self._turn(self._wait_ms())
         self._perform(self.core.farewell())
         # A peer drops what it has not read when its connection ends, so the last messages get a moment to be read.
@@ -158,9 +177,8 @@ class Server:
 
     def _wait_ms(self) -> int | None:
         now = time.monotonic()
-        due = self.core.next_deadline(now)
-        if self._stop_at is not None:
-            due = self._stop_at if due is None else min(due, self._stop_at)
+        dues = (self.core.next_deadline(now), self._responder.next_deadline(), self._stop_at)
+        due = min((at for at in dues if at is not None), default=None)
         return None if due is None else max(0, int((due - now) * 1000.0) + (due > now))
 
     def _turn(self, wait_ms: int | None) -> None:
@@ -172,25 +190,32 @@ class Server:
             num_left -= len(ready)
             for source, _ in ready:
                 if isinstance(source, int):
-                    self._take_signal(source)
+                    self._take_other(source)
                 else:
                     self._receive(self._sides[source], source)
             ready = self._poller.poll(0)
-        if not ready and self._ended:
-            self._report_ended()  # what a process sent before its end has come first
+        if not ready:
+            for pid in self._processes.ended():  # what a process sent before its end has come first
+                self._handle(ProcessEnded(pid))
+        if self._signals.take_reload():
+            self.core.reload(time.monotonic())
         self._handle(Turn())
+        self._responder.sweep(started)
+        for keeper in self._keepers:
+            keeper.turn(started)
         took = time.monotonic() - started
         if took > self.longest_turn_s:
             self.longest_turn_s = took
             self.core.state.counters["longest_turn_us"] = int(took * 1e6)
 
-    def _take_signal(self, fd: int) -> None:
-        """Something other than a message: a signal of ours, or the end of a worker's process."""
-        if fd == self._wake.fileno():
-            self._wake.recv(4096)
-        else:
-            self._poller.unregister(fd)
-            self._ended.append(fd)
+    def _take_other(self, fd: int) -> None:
+        """Something other than a message: a signal of ours, the end of a worker's process, or somebody with HTTP."""
+        if fd == self._signals.fd:
+            self._signals.drain()
+        elif self._responder.owns(fd):
+            self._responder.handle(fd, time.monotonic())
+        elif self._processes.owns(fd):
+            self._processes.handle(fd)
 
     def _receive(self, side: str, s: "zmq.Socket[bytes]") -> None:
         route = s.recv(_NOBLOCK)
@@ -210,7 +235,7 @@ class Server:
         if isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat):
             principal, pid = self._identify(first)
         if isinstance(message, WorkerHello):
-            self._watch(pid)
+            self._processes.watch(pid)
         self._handle(Received(side, route, principal, message, pid))
 
     def _identify(self, frame: zmq.Frame) -> tuple[str, int]:
@@ -239,28 +264,6 @@ class Server:
             for frame in frames:
                 s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
             s.send(last, 0, copy=not isinstance(last, zmq.Frame))
-
-    # --- processes -------------------------------------------------------------------------------------------------
-
-    def _watch(self, pid: int) -> None:
-        """Learn at once when a worker on this machine dies; elsewhere its silence tells."""
-        if pid == 0 or pid in self._processes.values() or not hasattr(os, "pidfd_open"):
-            return
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError as e:
-            log.warning("cannot watch process %d: %s", pid, e)
-            return
-        self._processes[fd] = pid
-        self._poller.register(fd, zmq.POLLIN)
-
-    def _report_ended(self) -> None:
-        for fd in self._ended:
-            pid = self._processes.pop(fd)
-            os.close(fd)
-            log.info("worker process %d has ended", pid)
-            self._handle(ProcessEnded(pid))
-        self._ended.clear()
 
 
 def _lock(path: Path, address: Address) -> Any:

@@ -1,11 +1,12 @@
 """What the broker keeps of each peer: a client's credit and unacknowledged results, a worker's offers and leases."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from penstock.broker.policy import Offer
 from penstock.broker.protocol import Outcome, Partial, Results
+from penstock.broker.scheduling.accounts import Account
+from penstock.broker.scheduling.lanes import Kind
 from penstock.broker.spec import Spec
 from penstock.broker.tasks import Lease, Run
 
@@ -53,14 +54,16 @@ class ClientSession:
     """
 
     __slots__ = (
-        "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes", "outbox", "principal", "returned_bytes",
+        "account", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes", "outbox", "principal",
+        "returned_bytes",
         "returned_rows", "route", "runs", "secret", "sent_seq", "used_bytes", "used_rows",
     )  # fmt: skip
 
-    def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float) -> None:
+    def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float, account: Account) -> None:
         self.principal = principal
         self.name = name
         self.secret = secret
+        self.account = account
         self.route: Route | None = route
         self.last_seen = now
         self.runs = RunChain()
@@ -159,18 +162,24 @@ class WorkerSession:
         """It holds a task that may have brought down a worker: that one has to run alone."""
         return any(lease.pieces[0].is_isolated for lease in self.leases.values())
 
-    def offer(self) -> Offer | None:
-        """What this worker could take now, or None."""
-        if not self.is_ready or self.is_draining or self.route is None or self.has_suspect:
-            return None
+    @property
+    def is_serving(self) -> bool:
+        """It may be given work."""
+        return self.is_ready and not self.is_draining and self.route is not None
+
+    @property
+    def is_slow_now(self) -> bool:
+        """It runs a slow batch."""
+        return any(lease.batch.is_slow for lease in self.leases.values())
+
+    def room(self) -> Collection[Kind]:
+        """The kinds of which this worker could take a batch or a stream now."""
+        if not self.is_serving or self.has_suspect:
+            return ()
         has_credit = self.assigned_batches < self.credit_batches
         if has_credit and not self.streams:
-            kinds: Any = self.kinds
-        else:
-            kinds = [k for k, spec in self.kinds.items() if self._has_room(k, spec, has_credit)]
-        if not kinds:
-            return None
-        return Offer(kinds, self.credit_bytes - self.assigned_bytes, not self.leases)
+            return self.kinds
+        return [k for k, spec in self.kinds.items() if self._has_room(k, spec, has_credit)]
 
     def _has_room(self, kind: tuple[str, bytes, str], spec: Spec, has_credit: bool) -> bool:
         if kind[2] == "stream":
@@ -181,6 +190,8 @@ class WorkerSession:
         """Take a lease, and the credit or the slot that it uses."""
         if not self.leases:
             self.progress_at = lease.assigned_at  # nobody expected progress before
+        if lease.mode == "batch" and self.batches:
+            lease.began_at = None
         self.leases[lease.token] = lease
         self.num_bytes += lease.num_bytes
         if lease.mode == "stream":
@@ -190,6 +201,17 @@ class WorkerSession:
             self.batches += 1
             self.assigned_batches += 1
             self.assigned_bytes += lease.num_bytes
+
+    def turn_to_next(self, now: float) -> None:
+        """A batch has ended: the next one begins."""
+        for lease in self.leases.values():
+            if lease.mode == "batch":
+                lease.began_at = now if lease.began_at is None else lease.began_at
+                return
+
+    def left_ms(self, now: float) -> float:
+        """How long the batches that it holds are predicted to go on."""
+        return sum(lease.left_ms(now) for lease in self.leases.values() if lease.mode == "batch")
 
     def give_up(self, lease: Lease) -> None:
         """A lease has ended. Its batch credit comes back when the worker grants more; a slot is free at once."""

@@ -14,6 +14,7 @@ from penstock.broker.wire import MAX_ROWS
 
 Span = tuple[bytes, int, int, int, float]
 """(run, start, stop, first row in the answer, milliseconds in the queue)."""
+UNKNOWN = "unknown"
 SPAN_BYTES = 40
 MAX_LENGTH_BYTES = 5
 MAX_PORTION_BYTES = 24 * 1024
@@ -36,6 +37,7 @@ class Settlement:
         session, followers = run.session, run.followers
         assigned_at = self._now if piece.lease is None else piece.lease.assigned_at
         span = (run.id, start, stop, at, 1000.0 * (assigned_at - run.arrived))
+        self._count(run, num_rows, assigned_at, is_leased=piece.lease is not None)
         self._state.ledger.end(piece, start, stop, self._outcome)
         self.num_rows += num_rows
         spans = self.spans.get(session)
@@ -52,6 +54,16 @@ class Settlement:
             self._state.journal.close(run, self._now)
         for follower in followers or ():
             self._pass_on(follower, start, stop, at)
+
+    def _count(self, run: Run, num_rows: int, assigned_at: float, is_leased: bool) -> None:
+        metrics, arrived = self._state.metrics, run.arrived
+        queue_s = assigned_at - arrived if is_leased else None
+        kernel = run.kernel if run.queue is not None else UNKNOWN  # what nobody offers is a name that a client made up
+        metrics.rows_ended(kernel, self._outcome, run.session.name, num_rows, self._now - arrived, queue_s)
+        if self._outcome == CANCELLED:
+            metrics.cancelled("running" if is_leased else "queued", num_rows)
+        elif self._outcome == EXPIRED:
+            metrics.deadline_missed("running" if is_leased else "queued", num_rows)
 
     def _remember(self, run: Run, span: Span) -> None:
         if self._outcome in (CANCELLED, EXPIRED):

@@ -7,8 +7,13 @@ from penstock.broker.config import BrokerConfig
 from penstock.broker.journal import Journal
 from penstock.broker.kernel_table import KernelTable
 from penstock.broker.ledger import Ledger
-from penstock.broker.policy import PullPolicy
-from penstock.broker.sessions import Route
+from penstock.broker.metrics import Metrics
+from penstock.broker.scheduling.breakers import Breakers
+from penstock.broker.scheduling.events import EventLog
+from penstock.broker.scheduling.overload import CoDel
+from penstock.broker.scheduling.pull import PullPolicy
+from penstock.broker.scheduling.quotas import Quotas
+from penstock.broker.sessions import Route, WorkerSession
 from penstock.broker.wire import Message, record
 
 FRONT, BACK = "front", "back"
@@ -40,20 +45,32 @@ class Rate:
 
 
 class BrokerState:
-    """One per core. Holds no rules: `Clients` and `Workers` do."""
+    """One per core. Holds no rules: `Clients`, `Workers` and `Dispatch` do."""
 
-    def __init__(self, config: BrokerConfig, epoch: int, now: float, policy: PullPolicy, journal: Journal) -> None:
+    def __init__(
+        self, config: BrokerConfig, epoch: int, now: float, policy: PullPolicy, journal: Journal, metrics: Metrics
+    ) -> None:
         self.config = config
+        self.metrics = metrics
         self.epoch = epoch
         self.started_at = now
         self.policy = policy
         self.journal = journal
         self.ledger = Ledger(policy, epoch)
         self.kernels = KernelTable()
+        self.workers: dict[bytes, WorkerSession] = {}
         self.counters: Counter[str] = Counter()
+        self.events = EventLog()
+        self.breakers = Breakers()
+        self.codel = CoDel(policy.config.wait_budgets_s())
+        self.quotas = Quotas({})
         self.finish_rate = Rate(now)
         self.is_draining = False
         self.actions: list[Send] = []
+
+    def serving(self) -> list[WorkerSession]:
+        """The workers that may be given work."""
+        return [w for w in self.workers.values() if w.is_serving]
 
     def send(self, side: str, route: Route | None, message: Message) -> None:
         """Ask the shell to send; a peer that is away gets nothing."""

@@ -11,7 +11,9 @@ from penstock.broker.columns import Block
 from penstock.broker.spec import Cost
 
 if TYPE_CHECKING:
-    from penstock.broker.policy import BatchQueue
+    from penstock.broker.scheduling.accounts import Account
+    from penstock.broker.scheduling.batch import Batch
+    from penstock.broker.scheduling.lanes import BatchQueue, Lane
     from penstock.broker.sessions import ClientSession, WorkerSession
 
 QUEUED, LEASED = "queued", "leased"
@@ -25,16 +27,22 @@ MOVES = {
 
 
 class Piece:
-    """Rows [start, stop) of a run in one state. `entry` is its place in a queue, `lease` who holds it."""
+    """Rows [start, stop) of a run in one state. `entry` is its place in its `lane` while queued, `lease` who holds it.
 
-    __slots__ = ("deaths", "entry", "is_isolated", "lease", "run", "start", "state", "stop")
+    `alone_ms` is what its rows are predicted to take one by one, `cell` the class of the longest; the policy sets them.
+    """
+
+    __slots__ = ("alone_ms", "cell", "deaths", "entry", "is_isolated", "lane", "lease", "run", "start", "state", "stop")
 
     def __init__(self, run: "Run", start: int, stop: int, state: str = QUEUED) -> None:
         self.run = run
         self.start = start
         self.stop = stop
         self.state = state
-        self.entry: tuple[Any, ...] | None = None
+        self.entry: tuple[float, int, int, int, Piece] | None = None
+        self.lane: Lane | None = None
+        self.alone_ms = 0.0
+        self.cell = 0
         self.lease: Lease | None = None
         self.deaths = 0
         self.is_isolated = False
@@ -59,9 +67,9 @@ class Run:
     """A submission: what is common to its rows, and the pieces without an outcome."""
 
     __slots__ = (
-        "after", "arrived", "before", "block", "cost_ms", "deadline", "followers", "id", "kernel", "key", "num_bytes",
-        "num_open", "num_rows", "pieces", "priority", "queue", "request", "scalars", "seq", "session", "traceparent",
-        "wants_partials",
+        "account", "after", "alone_ms", "arrived", "before", "block", "cost_ms", "deadline", "expected_s",
+        "followers", "id", "is_known", "kernel", "key", "num_bytes", "num_open", "num_rows", "overdue_at", "pieces",
+        "priority", "queue", "request", "scalars", "seq", "session", "spread", "traceparent", "wants_partials",
     )  # fmt: skip
 
     def __init__(self, session: "ClientSession", run_id: bytes, kernel: str, num_rows: int, seq: int, arrived: float) -> None:
@@ -80,7 +88,16 @@ class Run:
         self.key: bytes | None = None
         self.block: Block | None = None
         self.scalars: Mapping[str, Any] = {}
+        self.account: Account = session.account
         self.cost_ms: Cost = 0.0
+        """Declared by the kernel, of one row alone; `alone_ms` is predicted, its q95 `spread` times as much."""
+        self.alone_ms: Cost = 0.0
+        self.spread = 1.0
+        self.is_known = False
+        """Whether that is more than a guess."""
+        self.overdue_at = arrived
+        self.expected_s: float | None = None
+        """The wait that was predicted for its last rows when it was taken."""
         self.num_bytes = 0
         self.queue: BatchQueue | None = None
         self.request: Any = None
@@ -102,22 +119,32 @@ class Run:
 class Lease:
     """A batch in the hands of one worker session. `token` is the fence: no answer under another one counts."""
 
-    __slots__ = ("assigned_at", "attempt", "is_cancelled", "mode", "num_answered", "num_bytes", "num_rows", "part",
-                 "pieces", "queue", "token", "worker")  # fmt: skip
+    __slots__ = (
+        "assigned_at", "attempt", "batch", "began_at", "is_cancelled", "mode", "num_answered", "num_bytes",
+        "num_failed", "num_rows", "part", "pieces", "queue", "token", "worker",
+    )  # fmt: skip
 
-    def __init__(self, token: int, worker: "WorkerSession", queue: "BatchQueue", pieces: list[Piece], now: float) -> None:
+    def __init__(self, token: int, worker: "WorkerSession", batch: "Batch", pieces: list[Piece], now: float) -> None:
         self.token = token
         self.worker = worker
-        self.queue = queue
+        self.batch = batch
+        self.queue = queue = batch.queue
         self.mode = queue.mode
         self.pieces = pieces
         self.num_rows = sum(p.stop - p.start for p in pieces)
         self.num_bytes = 0
-        self.num_answered = 0
+        self.num_answered = self.num_failed = 0
         self.part = 0
         self.attempt = 1 + max(p.deaths for p in pieces)
         self.assigned_at = now
+        self.began_at: float | None = now
+        """When its worker turned to it, as far as the broker can tell; None while it waits behind another batch there."""
         self.is_cancelled = False
+
+    def left_ms(self, now: float) -> float:
+        """How long it is predicted to go on."""
+        predicted_ms = self.batch.predicted_ms
+        return predicted_ms if self.began_at is None else max(predicted_ms - 1000.0 * (now - self.began_at), 0.0)
 
     def overlapping(self, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """(piece, first row, last row + 1 of it in the lease) for the pieces that meet rows [start, stop) of the lease."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from penstock.broker.clients import Clients
 from penstock.broker.columns import Block, gather
+from penstock.broker.dispatch import Dispatch
 from penstock.broker.protocol import (
     Answer,
     Assign,
@@ -41,8 +42,10 @@ class Workers:
     def __init__(self, state: BrokerState, clients: Clients) -> None:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
-        self.by_secret: dict[bytes, WorkerSession] = {}
+        self.by_secret = state.workers
         self.changed_at = state.started_at
+        self.dispatch: Dispatch
+        """Is told what becomes of leases; set by whoever made both."""
         self._clients = clients
 
     # --- messages --------------------------------------------------------------------------------------------------
@@ -72,6 +75,8 @@ class Workers:
                 self._ready(worker, m, now)
             case Resident():
                 worker.resident[m.kernel] = m.state
+                if m.state == "ready":
+                    self.state.metrics.loaded(m.kernel, m.load_ms)
                 worker.progress_at = now
             case Drain():
                 self.drain(worker)
@@ -121,6 +126,7 @@ class Workers:
         worker.facts, worker.resident = m.device, {k: str(v) for k, v in m.resident.items()}
         worker.device = str(m.device.get("device", worker.device))[:64]
         worker.is_ready = True
+        self.dispatch.arrived(worker)
         self.state.kernels.offer(worker, specs)
         for spec in specs:
             self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
@@ -129,7 +135,8 @@ class Workers:
     def rebind(self, now: float) -> None:
         """Move what waits for a version that nobody offers any more to the current one."""
         for queue in self.state.policy.stale(self.state.kernels.current()):
-            self._clients.bind_late(list({e[-1].run: None for e in queue.pieces}), now)
+            runs = {entry[-1].run: None for lanes in queue.lanes.values() for lane in lanes.values() for entry in lane.pieces}
+            self._clients.bind_late(list(runs), now)
 
     def _heartbeat(self, route: Route, principal: str, m: WorkerHeartbeat, now: float) -> None:
         worker = self.by_secret.get(m.session)
@@ -166,6 +173,7 @@ class Workers:
         self.changed_at = now
         self.state.counters["workers_lost" if is_suspect else "workers_left"] += 1
         self.state.kernels.withdraw(worker)
+        self.dispatch.left(worker)
         is_alone = len(worker.leases) == 1
         for lease in list(worker.leases.values()):
             self._recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone)
@@ -218,13 +226,14 @@ class Workers:
         if lease is None:
             return
         worker.progress_at = now
-        timings = {**m.timings, "batch_size": lease.num_rows, "bin": "all", "worker": worker.name}
+        timings = {**m.timings, "batch_size": lease.num_rows, "bin": lease.batch.label, "worker": worker.name}
         for answer in m.answers:
             self._answer(lease, answer, timings, now)
             lease.num_answered += answer.stop - answer.start
         if lease.num_answered >= lease.num_rows:
             held = [p for p in lease.pieces if p.state == LEASED]
             self.state.ledger.close(lease)
+            self.dispatch.completed(lease, m.timings, now)
             if held:  # the worker counted some rows twice and left others out
                 self._leave_out(held, lease.queue.spec, now)
 
@@ -259,6 +268,7 @@ class Workers:
             lease.worker.num_done += num_rows
         else:
             lease.worker.num_failed += num_rows
+            lease.num_failed += num_rows if answer.error.code == Code.FAILED else 0
         outcome = Outcome((), answer.block, answer.error, (), timings, attempt=lease.attempt)
         self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
 
@@ -278,6 +288,7 @@ class Workers:
         """A lease will not be answered. Suspects return in halves and alone, so that one that kills is found."""
         pieces = [p for p in lease.pieces if p.state == LEASED]
         self.state.ledger.close(lease)
+        self.dispatch.abandoned(lease)
         if not pieces:
             return
         num_rows = sum(p.num_rows for p in pieces)

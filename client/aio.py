@@ -13,6 +13,7 @@ from typing import Any, Literal
 from penstock.broker.address import Address
 from penstock.client.aio_line import AsyncLine
 from penstock.client.aio_task import AsyncStream, AsyncTask
+from penstock.client.asking import AsyncAsking
 from penstock.client.bundler import Window
 from penstock.client.catalog import Catalog, Search
 from penstock.client.config import ClientConfig, configure
@@ -23,10 +24,10 @@ from penstock.client.plan import Plan
 from penstock.client.progress import Counter
 from penstock.client.run import Options, Row, Run
 from penstock.client.session import Session
-from penstock.client.verbs import BaseVerbs, ask_status, ask_to_drain, no_room
+from penstock.client.verbs import no_room
 
 
-class AsyncVerbs(BaseVerbs[AsyncLine]):
+class AsyncVerbs(AsyncAsking):
     """What can be done on a line with certain options; see `Verbs`."""
 
     # --- one task --------------------------------------------------------------------------------------------------
@@ -152,20 +153,6 @@ class AsyncVerbs(BaseVerbs[AsyncLine]):
         for task in tasks:
             task.ask_cancel()
         return sum([await task.cancel() for task in tasks])
-
-    async def status(self, *, timeout: float | None = 5.0) -> dict[str, Any]:
-        """The broker's state: its queues, workers and kernels."""
-        return await self._line.ask(ask_status, timeout)
-
-    async def drain(self, worker: str, *, timeout: float | None = 5.0) -> None:
-        """Let a worker, by its name in `status`, finish what it holds and end. Raises InvalidInput for an unknown name."""
-        await self._line.ask(ask_to_drain(worker), timeout)
-
-    async def kernels(self, *, timeout: float | None = 5.0) -> dict[str, Mapping[str, Any]]:
-        """The kernels on offer now: name -> spec (`inputs`, `modes`, ...)."""
-        version = self._line.session.specs_version
-        self._catalog.update(await self.status(timeout=timeout), version)
-        return dict(self._catalog.specs)
 
     async def _plan(self, kernel: str) -> Plan:
         self._line.check_usable()

@@ -1,14 +1,18 @@
 """Handles for event loops: `AsyncTask` and `AsyncStream`, as `task.py` has them for threads."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
 from penstock.broker.protocol import Code
+from penstock.client import reports
 from penstock.client.aio_line import AsyncLine
 from penstock.client.errors import PenstockError
 from penstock.client.handle import Chunks, Handle
 from penstock.client.run import Part, Run
+from penstock.client.verbs import ask_task
 
 
 class AsyncTask(Handle):
@@ -73,20 +77,45 @@ class AsyncTask(Handle):
                 self._line.flush_soon()
                 await self._line.wait(self._was_accepted, timeout)
             else:
-                await self._ask(timeout)
-                self._run.accepted = True
+                await self._confirm(timeout)
         self._check_accepted(timeout)
 
+    async def _confirm(self, timeout: float | None) -> None:
+        """As `Task._confirm`."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._was_accepted():
+            left, num_refused = None if until == math.inf else until - time.monotonic(), self._num_refused()
+            self._line.session.flush()
+            if not await self._line.wait(self._is_sent, left):
+                return
+            await self._ask(left)
+            self._note_answer(num_refused)
+
     async def status(self, timeout: float | None = 5.0) -> dict[str, Any]:
-        """The broker's word on its submission, with `state` as this client sees it; it alone once the task has ended."""
-        return self._status({} if self._is_ended() else await self._ask(timeout))
+        """The word on its submission: this client's own while it waits here, then the broker's (`position`, `eta_ms`,
+        `why`, ... as far as it tells); once the task has ended only its `state`."""
+        return self._status({} if self._is_ended() else await self._report(timeout))
+
+    async def eta(self, timeout: float | None = 5.0) -> float | None:
+        """Seconds until its outcome is expected, 0 once it is there; None if nobody can tell."""
+        return reports.eta_s(await self.status(timeout))
+
+    async def why(self, timeout: float | None = 5.0) -> str:
+        """What it waits for, in one line."""
+        return reports.why(await self.status(timeout))
+
+    async def _report(self, timeout: float | None) -> dict[str, Any]:
+        self._line.check_usable()
+        self._line.session.flush()
+        self._line.turn()
+        if not self._is_sent():
+            return reports.of_waiting(self._line.session, self._run, time.monotonic())
+        return reports.of_broker(await self._ask(timeout))
 
     async def _ask(self, timeout: float | None) -> dict[str, Any]:
-        self._line.session.flush()
-        if not await self._line.wait(self._is_sent, timeout):
-            raise TimeoutError(f"{self!r} still waits in the client")
+        """The broker's word on its submission, which was sent; nothing if it ends meanwhile."""
         try:
-            return await self._line.ask(self._status_message, timeout)
+            return await self._line.ask(ask_task(self._run.id), timeout)
         except PenstockError:
             if not self._is_ended():
                 raise

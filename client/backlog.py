@@ -1,7 +1,8 @@
 """What waits in the client: tasks for company, and whole runs for the broker.
 
 Knows coalescing, order and limits; does not know credit, connections or outcomes. A run here is *pending* while it may
-still take rows, and *waiting* once it is sealed. The soonest priority leaves first, then who came first.
+still take rows, and *waiting* once it is sealed; of these some *rest*, since the broker had no room for them. The soonest
+priority leaves first, then who came first: a run that comes back from the broker has its old place again.
 """
 
 import heapq
@@ -27,6 +28,9 @@ class Backlog:
         self.pending: dict[Any, Run] = {}
         self.flush_at = math.inf
         self.waiting: list[tuple[int, int, Run]] = []
+        self.resting: list[tuple[float, int, Run]] = []
+        self.wake_at = math.inf
+        """When the first of those that rest may leave again."""
         self._num_put = 0
         self._options: dict[Options, Options] = {}
 
@@ -83,9 +87,24 @@ class Backlog:
             run.key = None
         if run.state == PENDING:
             run.seal()
+            self._num_put += 1
+            run.place = self._num_put
         run.state = WAITING
-        self._num_put += 1
-        heapq.heappush(self.waiting, (run.options.priority, self._num_put, run))
+        heapq.heappush(self.waiting, (run.options.priority, run.place, run))
+
+    def rest(self, run: Run, until: float) -> None:
+        """A counted run that has left before may not leave again until then."""
+        run.state = WAITING
+        heapq.heappush(self.resting, (until, run.place, run))
+        self.wake_at = self.resting[0][0]
+
+    def wake(self, now: float) -> None:
+        """Those that have rested enough may leave."""
+        while self.resting and self.resting[0][0] <= now:
+            run = heapq.heappop(self.resting)[2]
+            if run.state == WAITING:
+                self.put(run)
+        self.wake_at = self.resting[0][0] if self.resting else math.inf
 
     def flush(self) -> None:
         """Nothing waits for company any more."""
@@ -117,14 +136,27 @@ class Backlog:
             del self.pending[run.key]
             run.key = None
 
+    def clear(self) -> None:
+        """Everything here has ended."""
+        self.waiting.clear()
+        self.resting.clear()
+        self.flush_at = self.wake_at = math.inf
+
     def runs(self) -> list[Run]:
-        return [*self.pending.values(), *(run for _, _, run in self.waiting if run.state == WAITING)]
+        return [*self.pending.values(), *(run for _, _, run in (*self.waiting, *self.resting) if run.state == WAITING)]
+
+    def num_ahead(self, run: Run) -> int:
+        """Rows that leave before those of a waiting run."""
+        mine = (run.options.priority, run.place)
+        return sum(other.num_rows for *place, other in self.waiting if other.state == WAITING and tuple(place) < mine)
 
     def check(self) -> None:
         runs = self.runs()
         assert all(run.state == PENDING and run.num_open > 0 for run in self.pending.values())
         assert all(run.num_open == run.slots.count(None) and len(run.slots) == run.num_rows for run in runs)
         assert all(run.block is None or run.block.nbytes == run.nbytes for run in runs)
+        assert len(set(runs)) == len(runs)
         assert self.num_rows == sum(run.num_rows for run in runs)
         assert self.nbytes == sum(run.nbytes for run in runs)
         assert not self.pending or self.flush_at < math.inf
+        assert self.wake_at == min((until for until, _, _ in self.resting), default=math.inf)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from penstock.broker.address import Address
 from penstock.client import completed
+from penstock.client.asking import Asking
 from penstock.client.bundler import Window
 from penstock.client.catalog import Catalog, Search
 from penstock.client.config import ClientConfig, configure
@@ -23,10 +24,10 @@ from penstock.client.progress import Counter
 from penstock.client.run import PENDING, Options, Run, deadline_of
 from penstock.client.session import Session
 from penstock.client.task import Stream, Task
-from penstock.client.verbs import BaseVerbs, ask_status, ask_to_drain, no_room
+from penstock.client.verbs import no_room
 
 
-class Verbs(BaseVerbs[Line]):
+class Verbs(Asking):
     """What can be done on a line with certain options. `Client.options(...)` makes another one.
 
     Arguments of a kernel are given by keyword and become what the kernel's spec says (see `inputs.py`; `outputs.py` for
@@ -184,20 +185,6 @@ class Verbs(BaseVerbs[Line]):
         for task in tasks:
             task.ask_cancel()
         return sum(task.cancel() for task in tasks)
-
-    def status(self, *, timeout: float | None = 5.0) -> dict[str, Any]:
-        """The broker's state: its queues, workers and kernels."""
-        return self._line.ask(ask_status, timeout)
-
-    def drain(self, worker: str, *, timeout: float | None = 5.0) -> None:
-        """Let a worker, by its name in `status`, finish what it holds and end. Raises InvalidInput for an unknown name."""
-        self._line.ask(ask_to_drain(worker), timeout)
-
-    def kernels(self, *, timeout: float | None = 5.0) -> dict[str, Mapping[str, Any]]:
-        """The kernels on offer now: name -> spec (`inputs`, `modes`, ...)."""
-        version = self._line.session.specs_version
-        self._catalog.update(self.status(timeout=timeout), version)
-        return dict(self._catalog.specs)
 
     def _plan(self, kernel: str) -> Plan:
         line = self._line

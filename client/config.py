@@ -36,6 +36,11 @@ class ClientConfig:
     """The longest that a task waits for others to share its message."""
     grace_s: float = 0.25
     """How long after its time limit a task still waits for the broker's word before it is ended here."""
+    max_retries: int = 10
+    """How often a task with a time limit is submitted again after the broker had no room for it, within that limit. A task
+    without one goes on until there is room. 0: neither does."""
+    has_throttle: bool = True
+    """Whether tasks are held back, as Overloaded, while the broker refuses more than half of them."""
     linger_s: float = 0.5
     """How long `close` tries to hand over what was sent."""
 
@@ -46,7 +51,7 @@ class ClientConfig:
         for name in ("connect_timeout", "max_run_bytes", "max_waiting", "max_waiting_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        for name in ("flush_s", "grace_s", "linger_s"):
+        for name in ("flush_s", "grace_s", "linger_s", "max_retries"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}")
 

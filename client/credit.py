@@ -19,6 +19,10 @@ class Credit:
     def covers(self, num_rows: int, nbytes: int) -> bool:
         return self._sent_rows + num_rows <= self._granted_rows and self._sent_bytes + nbytes <= self._granted_bytes
 
+    def can_cover(self, num_rows: int, nbytes: int) -> bool:
+        """Whether a submission of this size may ever be made: more than the window will never be granted."""
+        return num_rows <= self.window_rows and nbytes <= self.window_bytes
+
     def spend(self, num_rows: int, nbytes: int) -> None:
         self._sent_rows += num_rows
         self._sent_bytes += nbytes

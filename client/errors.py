@@ -1,7 +1,7 @@
 """Everything that can go wrong with a task, as one tree.
 
     PenstockError
-    ├── Overloaded        the broker's queues are full; try again after `retry_after` seconds
+    ├── Overloaded        the broker has no room, now or in time; try again after `retry_after` seconds
     ├── DeadlineExceeded  the task's time limit was over before its outcome came
     ├── Cancelled         somebody cancelled it, or the client was closed
     ├── InvalidInput      the arguments do not fit the kernel (also a ValueError)
@@ -40,7 +40,12 @@ class PenstockError(Exception):
 
 
 class Overloaded(PenstockError):
-    """The broker has no room; `retry_after` says when to try again, if it could tell."""
+    """The broker has no room; `retry_after` says when to try again, if it could tell.
+
+    It is raised only where the client's own retries (`ClientConfig.max_retries`) could not help: the time limit leaves no
+    room for them, there were too many already, or the client held the task back because the broker has refused most of
+    its last ones.
+    """
 
     code = Code.OVERLOADED
 

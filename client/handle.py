@@ -6,7 +6,6 @@ A handle is a run and a row number. Knows how outcomes become values and errors;
 
 from typing import Any
 
-from penstock.broker import protocol
 from penstock.broker.protocol import Code
 from penstock.client.errors import PenstockError, from_wire
 from penstock.client.outputs import decode
@@ -63,6 +62,14 @@ class Handle:
     def _is_sent(self) -> bool:
         return self._run.state in (SENT, CLOSED)
 
+    def _num_refused(self) -> int:
+        return 0 if self._run.rest is None else self._run.rest.num_refused
+
+    def _note_answer(self, num_refused: int) -> None:
+        """A question that was put after its submission is answered: answers come in order, so it is accepted unless it
+        was refused meanwhile."""
+        self._run.accepted = self._num_refused() == num_refused
+
     def _was_accepted(self) -> bool:
         return self._run.accepted or self._is_ended()
 
@@ -72,9 +79,6 @@ class Handle:
             raise from_wire(part.error)
         if not self._was_accepted():
             raise TimeoutError(f"{self!r} has not been accepted after {timeout} s")
-
-    def _status_message(self, number: int) -> protocol.Status:
-        return protocol.Status(request=number, id=self._run.id)
 
     def _status(self, body: dict[str, Any]) -> dict[str, Any]:
         return {**body, "state": body.get("state", self.state)}

@@ -1,6 +1,6 @@
 """Runs: the tasks of one submission, held together from the first row to the last outcome.
 
-Knows how rows gather, become a block and get their outcomes. Does not know sessions, sockets, numpy or time.
+Knows how rows gather, become a block, travel and get their outcomes. Does not know sessions, sockets, numpy or clocks.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from penstock.broker.columns import Block, Buffer, Column, Layout, Lengths, pack
-from penstock.broker.protocol import DEFAULT_PRIORITY, Error, Outcome
+from penstock.broker.protocol import DEFAULT_PRIORITY, Error, Outcome, Submit
 
 PENDING: Final = 0
 """Rows may still be added."""
@@ -92,6 +92,15 @@ class Part:
         self.decoder: Any = None  # made by `outputs.decode`, shared by all rows
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The broker had no room for a run: for the `num_refused`-th time, and it shall not leave again before `until`."""
+
+    num_refused: int
+    until: float
+    error: Error
+
+
 class Watcher(Protocol):
     """Is told of a run whenever something happens to it; called under the line's lock, so it only notes it."""
 
@@ -102,12 +111,13 @@ class Run:
     """One submission: `num_rows` tasks that differ in their rows only.
 
     `slots` has per row its `Part`, or None while the task is open. `deadline` is monotonic seconds. `cancels` are the
-    row ranges that somebody wants ended. `chunks` collects partial answers of a streaming task.
+    row ranges that somebody wants ended. `chunks` collects partial answers of a streaming task. `rest` tells of the
+    last refusal, if there was one; `place` is the run's among those of its priority.
     """
 
     __slots__ = (
         "__weakref__", "accepted", "block", "callbacks", "cancels", "chunks", "deadline", "entry", "id", "is_again",
-        "key", "nbytes", "num_open", "num_rows", "options", "pieces", "scalars", "shape", "slots", "state",
+        "key", "nbytes", "num_open", "num_rows", "options", "pieces", "place", "rest", "scalars", "shape", "slots", "state",
         "wants_partials", "watchers",
     )  # fmt: skip
 
@@ -129,6 +139,8 @@ class Run:
         self.entry: list[Any] | None = None
         self.is_again = False
         self.accepted = False
+        self.rest: Rest | None = None
+        self.place = 0
         self.cancels: list[tuple[int, int]] = []
         self.chunks: list[Part] = []
         self.watchers: list[Watcher] | None = None
@@ -195,6 +207,18 @@ class Run:
         self.state = CLOSED
         self.block = None
         self.pieces = []
+
+
+def submit_message(run: Run, ack: int, now: float) -> Submit:
+    """A sealed run as it travels, with what remains of its time limit."""
+    options, shape, block = run.options, run.shape, run.block
+    assert block is not None
+    return Submit(
+        id=run.id, kernel=shape.kernel, block=block, statics=shape.statics, scalars=run.scalars,
+        priority=options.priority, timeout_ms=None if run.deadline == math.inf else (run.deadline - now) * 1000.0,
+        wants_partials=run.wants_partials, is_durable=options.is_durable, wants_accepted=options.is_durable,
+        is_again=run.is_again, key=options.key, ack=ack,
+    )  # fmt: skip
 
 
 def same_part(slots: Sequence[Part | None], row: int) -> int:

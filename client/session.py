@@ -21,8 +21,8 @@ from penstock.client.connection import ENDED, GREETING, NEW, READY, Connection
 from penstock.client.errors import PenstockError, Unavailable, from_wire
 from penstock.client.questions import Questions, Request
 from penstock.client.receipts import Receipts
-from penstock.client.run import CLOSED, SENT, Options, Row, Run
-from penstock.client.submissions import Submissions, submit_message
+from penstock.client.run import CLOSED, SENT, Options, Row, Run, submit_message
+from penstock.client.submissions import Submissions
 
 log = logging.getLogger("penstock.client")
 
@@ -145,7 +145,7 @@ class Session:
         if connection.state != READY:
             return None
         if self.backlog.waiting:
-            run = self.submissions.next_to_send()
+            run = self.submissions.next_to_send(now)
             if run is not None:
                 self._repeat_cancels(run)
                 return submit_message(run, self._receipts.ack(), now)
@@ -174,6 +174,8 @@ class Session:
         """Do what is due by the clock."""
         if now >= self.backlog.flush_at:
             self.backlog.flush()
+        if now >= self.backlog.wake_at:
+            self.backlog.wake(now)
         self.submissions.expire(now)
         if self.connection.tick(self.is_busy, self.can_send, now):
             self._outbox.append(protocol.Heartbeat(ack=self._receipts.ack()))
@@ -181,7 +183,7 @@ class Session:
     def next_deadline(self) -> float:
         """When `tick` has something to do by the clock; infinity if never."""
         due = self.connection.next_deadline(self.is_busy, self.can_send)
-        return min(due, self.backlog.flush_at, self.submissions.deadlines.next)
+        return min(due, self.backlog.flush_at, self.backlog.wake_at, self.submissions.deadlines.next)
 
     def reconnected(self, now: float) -> None:
         """The driver has a new socket."""
@@ -237,7 +239,7 @@ class Session:
     def _on_refused(self, m: protocol.Refused, frames: Sequence[Buffer], now: float) -> None:
         if m.error.code in (Code.INVALID, Code.UNKNOWN_KERNEL):
             self.specs_version += 1
-        self.submissions.refused(m)
+        self.submissions.refused(m, now)
 
     def _on_reply(self, m: protocol.Reply, frames: Sequence[Buffer], now: float) -> None:
         if self._questions.settle(m.request, m.error, dict(m.body)):

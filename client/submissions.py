@@ -1,8 +1,8 @@
 """Every run of a session, from the moment it is taken until each of its rows has its outcome.
 
 Knows where runs are and what the broker's words do to them: backlog -> flight -> closed, and back to the backlog when
-the broker lost them. Does not know messages on their way out, connections or clocks. A row ends once: whatever else
-comes for it is dropped.
+the broker lost them or had no room. Does not know messages on their way out, connections or clocks. A row ends once:
+whatever else comes for it is dropped.
 """
 
 import math
@@ -15,11 +15,13 @@ from penstock.client.backlog import Backlog
 from penstock.client.config import ClientConfig
 from penstock.client.credit import Credit
 from penstock.client.deadlines import Deadlines
+from penstock.client.draws import Draws
 from penstock.client.flight import Flight, split_ids
 from penstock.client.news import News
-from penstock.client.run import PENDING, SENT, WAITING, Options, Part, Row, Run, deadline_of
+from penstock.client.retries import Retries
+from penstock.client.run import PENDING, SENT, WAITING, Options, Part, Rest, Row, Run, deadline_of
+from penstock.client.throttle import Throttle
 
-NUM_DRAWN: Final = 256
 MAX_IDLE_RUNS: Final = 4
 """With fewer runs than this under way the line counts as idle, and a task goes out at once."""
 
@@ -35,11 +37,13 @@ class Submissions:
     def __init__(self, config: ClientConfig, draw: Callable[[int], bytes], fault: Callable[[str], None]) -> None:
         self._grace_s = config.grace_s
         self._fault = fault
-        self._draw = draw
-        self._drawn: list[bytes] = []
+        draws = Draws(draw)
+        self.draw_id = draws.id
         self.backlog = Backlog(config)
         self.flight = Flight()
         self.credit = Credit(config.max_rows_per_run, config.max_run_bytes)
+        self._throttle = Throttle(config.has_throttle, draws.fraction)
+        self._retries = Retries(config.max_retries, self._throttle, draws.fraction)
         self.deadlines = Deadlines()
         self.news = News()
         self.final_error: Error | None = None
@@ -48,13 +52,6 @@ class Submissions:
     @property
     def is_idle(self) -> bool:
         return not self.backlog.waiting and len(self.flight.runs) < MAX_IDLE_RUNS
-
-    def draw_id(self) -> bytes:
-        """128 random bits that nobody else has and nobody can guess, drawn many at a time: that is a system call less."""
-        if not self._drawn:
-            random = self._draw(protocol.ID_BYTES * NUM_DRAWN)
-            self._drawn = [random[i : i + protocol.ID_BYTES] for i in range(0, len(random), protocol.ID_BYTES)]
-        return self._drawn.pop()
 
     # --- what the user wants ---------------------------------------------------------------------------------------
 
@@ -100,19 +97,24 @@ class Submissions:
 
     # --- on the way to the broker ----------------------------------------------------------------------------------
 
-    def next_to_send(self) -> Run | None:
-        """The run that leaves now, if the credit allows one."""
+    def next_to_send(self, now: float) -> Run | None:
+        """The run that leaves now, if the credit allows one; what is held back ends here."""
         backlog, credit, flight = self.backlog, self.credit, self.flight
-        run = backlog.first()
-        # With nothing under way no more credit will come: then the broker shall say why it is too much.
-        if run is None or (not credit.covers(run.num_rows, run.nbytes) and flight):
-            return None
-        backlog.pop()
-        credit.spend(run.num_rows, run.nbytes)
-        flight.runs[run.id] = run
-        run.state = SENT
-        self.news.num_events += 1  # there is room for who waits to submit
-        return run
+        while (run := backlog.first()) is not None:
+            # With nothing under way no more credit will come: then the broker shall say why it is too much.
+            if not credit.covers(run.num_rows, run.nbytes) and flight:
+                return None
+            held_back = self._throttle.leaving(run, now)
+            if held_back is not None:
+                self.end_rows(run, 0, run.num_rows, held_back)
+                continue
+            backlog.pop()
+            credit.spend(run.num_rows, run.nbytes)
+            flight.runs[run.id] = run
+            run.state = SENT
+            self.news.num_events += 1  # there is room for who waits to submit
+            return run
+        return None
 
     def take_back(self, run: Run, error: Error) -> None:
         """What `next_to_send` gave cannot travel."""
@@ -132,15 +134,19 @@ class Submissions:
             self.credit.restart(m.credit)
             self.backlog.limit(self.credit.window_rows, self.credit.window_bytes)
         for run in lost:
-            self._submit_again(run, is_new_epoch or not m.is_resumed)
+            run.is_again = run.is_again or is_new_epoch or not m.is_resumed
+            self._come_back(run)
         self.news.num_events += 1
         return list(self.flight.runs.values())
 
-    def _submit_again(self, run: Run, may_have_started: bool) -> None:
-        run.is_again = run.is_again or may_have_started
+    def _come_back(self, run: Run, rest_until: float | None = None) -> None:
+        """The broker does not have it: it leaves again, perhaps after a rest, without the rows that nobody wants."""
         del self.flight.runs[run.id]
         self.backlog.count(run)
-        self.backlog.put(run)
+        if rest_until is None:
+            self.backlog.put(run)
+        else:
+            self.backlog.rest(run, rest_until)
         for start, stop in run.cancels:
             self.end_rows(run, start, stop, Error(Code.CANCELLED, "cancelled"))
 
@@ -182,15 +188,25 @@ class Submissions:
             run.accepted = True
             self.news.tell(run)
 
-    def refused(self, m: protocol.Refused) -> None:
+    def refused(self, m: protocol.Refused, now: float) -> None:
         run = self.flight.runs.get(m.id)
         sizes = [(run.num_rows, run.nbytes)] if run is not None else self.flight.take_unknown({m.id})
         for num_rows, nbytes in sizes:
             self.credit.take_back(num_rows, nbytes)
         if run is not None:
-            self.end_rows(run, 0, run.num_rows, m.error)
+            self._refused(run, m.error, now)
         if self.backlog.pending and self.is_idle:
             self.backlog.flush()
+
+    def _refused(self, run: Run, error: Error, now: float) -> None:
+        if error.code == Code.OVERLOADED and self.credit.can_cover(run.num_rows, run.nbytes):
+            next_step = self._retries.refused(run, error, now)
+            if isinstance(next_step, Rest):
+                run.rest = next_step
+                self._come_back(run, next_step.until)
+                return
+            error = next_step
+        self.end_rows(run, 0, run.num_rows, error)
 
     # --- ends ------------------------------------------------------------------------------------------------------
 
@@ -220,6 +236,8 @@ class Submissions:
                 self.deadlines.add(run, run.deadline + self._grace_s)
                 continue
             where = "it still waited in the client"
+            if run.rest is not None:
+                where = f"the broker had no room: {run.rest.error.message}"
             if run.state == SENT:
                 self.flight.haunt(run)
                 where = "the broker has not answered"
@@ -230,8 +248,7 @@ class Submissions:
         self.final_error = final_error
         for run in [*self.flight.runs.values(), *self.backlog.runs()]:
             self.end_rows(run, 0, run.num_rows, error)
-        self.backlog.waiting.clear()
-        self.backlog.flush()
+        self.backlog.clear()
         self.news.num_events += 1
 
     def check(self) -> None:
@@ -239,15 +256,3 @@ class Submissions:
             part.check()
         for run in (*self.backlog.runs(), *self.flight.runs.values()):
             assert (run.entry is None) == (run.deadline == math.inf)
-
-
-def submit_message(run: Run, ack: int, now: float) -> protocol.Submit:
-    """A sealed run as it travels."""
-    options, shape, block = run.options, run.shape, run.block
-    assert block is not None
-    return protocol.Submit(
-        id=run.id, kernel=shape.kernel, block=block, statics=shape.statics, scalars=run.scalars,
-        priority=options.priority, timeout_ms=None if run.deadline == math.inf else (run.deadline - now) * 1000.0,
-        wants_partials=run.wants_partials, is_durable=options.is_durable, wants_accepted=options.is_durable,
-        is_again=run.is_again, key=options.key, ack=ack,
-    )  # fmt: skip

@@ -1,13 +1,17 @@
 """Handles for threads: the `Task` that `submit` returns, and the `Stream` of a task that answers in pieces."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from penstock.broker.protocol import Code
+from penstock.client import reports
 from penstock.client.errors import PenstockError
 from penstock.client.handle import Chunks, Handle
 from penstock.client.line import Line
 from penstock.client.run import CLOSED, Part, Run
+from penstock.client.verbs import ask_task
 
 
 class Task(Handle):
@@ -72,20 +76,44 @@ class Task(Handle):
             if self._run.options.is_durable:
                 self._line.flush_and_wait(self._was_accepted, timeout)
             else:
-                self._ask(timeout)
-                self._run.accepted = True
+                self._confirm(timeout)
         self._check_accepted(timeout)
 
+    def _confirm(self, timeout: float | None) -> None:
+        """Until the broker has taken it, or `timeout` is over; a refusal that is to be tried again does not count."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._was_accepted():
+            left, num_refused = None if until == math.inf else until - time.monotonic(), self._num_refused()
+            if not self._line.flush_and_wait(self._is_sent, left):
+                return
+            self._ask(left)
+            self._note_answer(num_refused)
+
     def status(self, timeout: float | None = 5.0) -> dict[str, Any]:
-        """The broker's word on its submission, with `state` as this client sees it; it alone once the task has ended."""
-        return self._status({} if self._is_ended() else self._ask(timeout))
+        """The word on its submission: this client's own while it waits here, then the broker's (`position`, `eta_ms`,
+        `why`, ... as far as it tells); once the task has ended only its `state`."""
+        return self._status({} if self._is_ended() else self._report(timeout))
+
+    def eta(self, timeout: float | None = 5.0) -> float | None:
+        """Seconds until its outcome is expected, 0 once it is there; None if nobody can tell."""
+        return reports.eta_s(self.status(timeout))
+
+    def why(self, timeout: float | None = 5.0) -> str:
+        """What it waits for, in one line."""
+        return reports.why(self.status(timeout))
+
+    def _report(self, timeout: float | None) -> dict[str, Any]:
+        self._line.check_usable()
+        self._line.flush_and_wait(lambda: True, None)
+        with self._line.lock:
+            if not self._is_sent():
+                return reports.of_waiting(self._line.session, self._run, time.monotonic())
+        return reports.of_broker(self._ask(timeout))
 
     def _ask(self, timeout: float | None) -> dict[str, Any]:
-        """A status request about its submission, once that is sent: answers come in order."""
-        if not self._line.flush_and_wait(self._is_sent, timeout):
-            raise TimeoutError(f"{self!r} still waits in the client")
+        """The broker's word on its submission, which was sent; nothing if it ends meanwhile."""
         try:
-            return self._line.ask(self._status_message, timeout)
+            return self._line.ask(ask_task(self._run.id), timeout)
         except PenstockError:
             if not self._is_ended():
                 raise

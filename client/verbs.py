@@ -90,6 +90,21 @@ def ask_status(number: int) -> protocol.Status:
     return protocol.Status(request=number)
 
 
+def ask_tasks(number: int) -> protocol.Status:
+    """The question for the reports of all open submissions."""
+    return protocol.Status(request=number, what="tasks")
+
+
+def ask_task(id_: bytes) -> Callable[[int], protocol.Status]:
+    """The question for the report of one submission."""
+    return lambda number: protocol.Status(request=number, id=id_)
+
+
+def ask_to_reload(number: int) -> protocol.Control:
+    """The wish that the broker reads its configuration again."""
+    return protocol.Control(request=number, op="reload")
+
+
 def ask_to_drain(worker: str) -> Callable[[int], protocol.Control]:
     """The wish that a worker finishes what it holds, and ends."""
     return lambda number: protocol.Control(request=number, op="drain", target=worker)

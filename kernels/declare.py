@@ -34,7 +34,7 @@ def kernel(
     A function is called with a batch, by keyword. A class is constructed with its options and has `__call__` for
     batches, or `open` and `step` for streaming, or all three; `load(device)` and `unload()` if it has state.
     `inputs` overrides what the signature says (`signature.py` has the rules). Raises SpecError at once if the
-    declaration is wrong; a cost function is called here, and nowhere else.
+    declaration is wrong; a cost function is called here, and nowhere else, and only a warning tells of one that fails.
     """
 
     def declare(target: _Decorated) -> _Decorated:

@@ -6,6 +6,7 @@ Knows how a spec is validated, hashed and put on the wire; does not know how it 
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from penstock.kernels.cost import fit_cost
 from penstock.kernels.errors import SpecError
 from penstock.kernels.inputs import Blob, Input, Row, Static, StaticValue, Tensor
 
+log = logging.getLogger("penstock.kernels")
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.:/-]{0,63}")
 MAX_BATCH_SIZE = 4096
 MAX_INPUTS = 64
@@ -37,7 +39,10 @@ class Cost:
 
 
 CostFunction = Callable[[dict[str, float]], float]
-"""A user's cost: from a task's terms to milliseconds. Called at registration only, to fit a `Cost`."""
+"""A user's cost: from a task's terms to milliseconds. Called at registration only, to fit a `Cost`.
+
+One that raises, or returns no milliseconds, is left out with a warning: costs are a first guess, and times get measured.
+"""
 
 
 def cost_terms(inputs: tuple[tuple[str, Input], ...]) -> dict[str, tuple[float, float]]:
@@ -117,8 +122,11 @@ class KernelSpec:
             return Cost()
         if not isinstance(cost, Cost):
             self._require(callable(cost), f"cost must be a Cost or a function, not {type(cost).__name__}")
-            base_ms, per = fit_cost(self.name, cost, terms)
-            return Cost(base_ms, per)
+            try:
+                return Cost(*fit_cost(self.name, cost, terms))
+            except SpecError as e:
+                log.warning("%s; the kernel is offered without a cost", e)
+                return Cost()
         unknown = sorted(set(cost.per) - set(terms))
         known = ", ".join(terms) or "none: it has no tensor, blob or row input"
         self._require(not unknown, f"cost uses unknown terms {', '.join(map(repr, unknown))}; possible are {known}")

@@ -27,6 +27,15 @@ settings.register_profile("explore", deadline=None, max_examples=1000, suppress_
 settings.load_profile("ci")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What brokers and workers of tests keep is not the user's; tests may give others."""
+    folder = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     """The root of the working tree."""

@@ -60,9 +60,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def memory(device: torch.device) -> dict[str, int]:
-    """For heartbeats: bytes resident in this process, and those of the device."""
-    used = {"rss_bytes": int(psutil.Process().memory_info().rss)}
+def memory(device: torch.device) -> dict[str, float]:
+    """For heartbeats: bytes resident in this process, those of the device, and `used_fraction` of the memory that kernels
+    take theirs from, whoever uses it: the device's own, or else the machine's."""
+    used: dict[str, float] = {"rss_bytes": int(psutil.Process().memory_info().rss)}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         used |= {
@@ -71,8 +72,11 @@ def memory(device: torch.device) -> dict[str, int]:
             "peak_bytes": torch.cuda.max_memory_allocated(device),
             "free_bytes": free,
             "total_bytes": total,
+            "used_fraction": 1.0 - free / total,
         }
-    elif device.type == "mps":
+        return used
+    used["used_fraction"] = psutil.virtual_memory().percent / 100.0
+    if device.type == "mps":
         used["allocated_bytes"] = torch.mps.current_allocated_memory()
     return used
 

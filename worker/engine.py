@@ -47,5 +47,5 @@ class Engine:
         gc.collect()
         gc.freeze()
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, float]:
         return devices.memory(self.device)

@@ -38,7 +38,7 @@ class Heart(threading.Thread):
         endpoint: str,
         secret: bytes,
         wake: Wake,
-        facts: Callable[[], tuple[int, Mapping[str, int]]],
+        facts: Callable[[], tuple[int, Mapping[str, float]]],
         parent: int | None = None,
         on_orphaned: Callable[[], None] = lambda: None,
     ) -> None:
@@ -53,14 +53,14 @@ class Heart(threading.Thread):
         self._on_orphaned = on_orphaned
         self._own_wake = Wake()
         self._interval_s: float | None = None
-        self._heard_at = 0.0
+        self._asked_at: float | None = None  # of the first beat since the last answer
         self._orphaned_at: float | None = None
         self._is_stopped = False
         self._num_sessions = 0
 
     def begin(self, interval_ms: float) -> None:
         """There is a session: beat from now on."""
-        self._heard_at = time.monotonic()
+        self._asked_at = None
         self._interval_s = max(interval_ms, 1.0) / 1e3
         self._num_sessions += 1
         self.is_lost = False
@@ -106,6 +106,8 @@ class Heart(threading.Thread):
     def _send(self, socket: Socket) -> bool:
         """One beat, if there is a connection."""
         progress, memory = self._facts()
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
         return send(socket, encode(WorkerHeartbeat(session=self._secret, progress=progress, memory=memory)))
 
     def _on_answer(self, socket: Socket) -> None:
@@ -115,14 +117,14 @@ class Heart(threading.Thread):
             log.warning("ignored a malformed answer to a heartbeat: %s", e)
             return
         if isinstance(message, Heartbeat):
-            self._heard_at = time.monotonic()
+            self._asked_at = None
         elif isinstance(message, Fault) and message.error.code == Code.UNATTACHED:
             self._lose()
 
     def _look(self, now: float) -> None:
-        """At the broker's silence and at the parent."""
-        interval = self._interval_s
-        if interval is not None and now - self._heard_at > MAX_SILENT * interval:
+        """At the broker's silence, which begins with a beat of ours (this process may have stood still), and at the parent."""
+        interval, asked_at = self._interval_s, self._asked_at
+        if interval is not None and asked_at is not None and now - asked_at > MAX_SILENT * interval:
             self._lose()
         if self._parent is None or os.getppid() == self._parent:
             return

@@ -27,9 +27,7 @@ Inputs = dict[str, Any]
 Scalars = Mapping[str, Any]
 
 
-def take_rows(
-    blocks: Sequence[Block], scalars: Scalars, start: int, stop: int
-) -> tuple[list[Block], dict[str, Any]]:
+def take_rows(blocks: Sequence[Block], scalars: Scalars, start: int, stop: int) -> tuple[list[Block], dict[str, Any]]:
     """Rows [start, stop) of a batch, as blocks over the same frames, and their scalars."""
     taken, base = list[Block](), 0
     for block in blocks:
@@ -53,6 +51,8 @@ class Plan:
         self._blobs = [(name, kind) for name, kind in spec.inputs if isinstance(kind, Blob)]
         self._rows = [(name, kind) for name, kind in spec.inputs if isinstance(kind, Row)]
         self._statics = {name: kind for name, kind in spec.inputs if isinstance(kind, Static)}
+        self._padded = [name for name, tensor in self._tensors if tensor.ragged == "pad"]
+        self.is_padded = bool(self._padded)
         # One tensor of equal shapes and nothing else: the case that is worth a short cut.
         self._is_plain = not self._blobs and not self._rows and [t.ragged for _, t in self._tensors] == ["exact"]
         # The one dtype that Apple's devices do not have is the one that row scalars are promised in.
@@ -115,6 +115,15 @@ class Plan:
             values = _scalars(self.name, name, row, scalars, num_rows)
             inputs[name] = torch.tensor(values, dtype=self._row_dtype)
         return inputs
+
+    def padding_ratio(self, batched: Inputs) -> float:
+        """Padded elements / real elements - 1 over the ragged inputs of `batch`; 0 if there is no element at all."""
+        num_padded = num_real = 0
+        for name in self._padded:
+            x, lengths = batched[name], batched[f"{name}_lengths"]
+            num_padded += x.numel()
+            num_real += int(lengths.sum()) * (x[0, 0].numel() if x.numel() else 0)
+        return num_padded / num_real - 1.0 if num_real else 0.0
 
     def single(self, blocks: Sequence[Block], scalars: Scalars) -> Inputs:
         """The inputs of one task without batch dimension: tensors, str or bytes, floats. Raises InvalidInput."""

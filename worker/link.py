@@ -39,12 +39,13 @@ class Credit:
     """How many batches may be on their way or waiting here: more while batches are short.
 
     One batch ahead hides the way to the broker and back; a few when a batch takes less than that way. Batches of more
-    than 50 ms are not taken ahead at all: another worker may be free sooner.
+    than 50 ms are not taken ahead at all: another worker may be free sooner. Times are averaged by their logarithms: they
+    differ by decades between bins and kernels, and one batch of a second must not hold up the next ten of a few ms.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._smoothed_ms: float | None = None
+        self._log_ms: float | None = None
         self._num_answered = 0
         self._bytes_answered = 0
         self._granted = 0
@@ -55,8 +56,8 @@ class Credit:
 
     def measure(self, took_ms: float) -> None:
         """A batch took so long, loading aside."""
-        last = self._smoothed_ms
-        self._smoothed_ms = took_ms if last is None else last + SMOOTHING * (took_ms - last)
+        log_ms = math.log(max(took_ms, 1e-3))
+        self._log_ms = log_ms if self._log_ms is None else self._log_ms + SMOOTHING * (log_ms - self._log_ms)
 
     def answered(self, num_bytes: int) -> None:
         """The answer to a batch has left."""
@@ -66,11 +67,12 @@ class Credit:
     @property
     def window(self) -> int:
         """Batches in flight, 1 to 4."""
-        if self._smoothed_ms is None:
+        if self._log_ms is None:
             return FIRST_WINDOW
-        if self._smoothed_ms > SLOW_MS:
+        typical_ms = math.exp(self._log_ms)
+        if typical_ms > SLOW_MS:
             return 1
-        return min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / max(self._smoothed_ms, 1e-3)))
+        return min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / typical_ms))
 
     def total(self, num_more: int = 0, more_bytes: int = 0) -> tuple[int, int]:
         """The cumulative [batches, bytes] that may be assigned, once so many more are answered.
@@ -143,9 +145,7 @@ class Link:
         self.credit.reset()
         for held in self.held.values():
             held.num_bytes = 0
-        return Ready(
-            specs=specs, credit=self.credit.total(), leases=list(self.held), resident=dict(resident), device=facts
-        )
+        return Ready(specs=specs, credit=self.credit.total(), leases=list(self.held), resident=dict(resident), device=facts)
 
     def lost(self) -> None:
         """The connection or the session is gone; leases are kept until the next welcome tells."""

@@ -354,7 +354,7 @@ class Worker:
             raise Refused(f"the broker refused this worker: {error.message}")
         log.error("the broker reports: %s (%s)", error.message, error.code)
 
-    def _facts(self) -> tuple[int, Mapping[str, int]]:
+    def _facts(self) -> tuple[int, Mapping[str, float]]:
         """Progress and memory for a heartbeat; called by its thread."""
         work = self._work
         return (work.progress, work.engine.memory()) if work is not None else (0, {})

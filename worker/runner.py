@@ -26,14 +26,25 @@ ABSENT, LOADING, READY, FAILED = "absent", "loading", "ready", "failed"
 
 
 class Clock:
-    """Milliseconds spent per phase of one lease, as they travel in `final.timings`."""
+    """Milliseconds spent per phase of one lease, and what was out of the ordinary, as they travel in `final.timings`.
 
-    __slots__ = ("compute_ms", "d2h_ms", "h2d_ms", "load_ms", "mark", "wait_ms")
+    Attributes:
+        num_runs: calls of the kernel, those that failed included; of a stream, as if it were one.
+        num_oom: how many of them ran out of memory; oom_rows: the fewest rows that did.
+        padding_ratio: padded elements / real elements - 1 over the batch's ragged inputs.
+    """
+
+    __slots__ = (
+        "compute_ms", "d2h_ms", "h2d_ms", "load_ms", "mark", "num_oom", "num_runs", "oom_rows", "padding_ratio", "wait_ms",
+    )  # fmt: skip
 
     def __init__(self, received_at: float) -> None:
         self.mark = time.perf_counter()
         self.wait_ms = (self.mark - received_at) * 1e3
         self.load_ms = self.h2d_ms = self.compute_ms = self.d2h_ms = 0.0
+        self.num_runs = 1
+        self.num_oom = self.oom_rows = 0
+        self.padding_ratio = 0.0
 
     def lap(self) -> float:
         """Milliseconds since the last lap."""
@@ -41,11 +52,24 @@ class Clock:
         took, self.mark = (now - self.mark) * 1e3, now
         return took
 
+    def out_of_memory(self, num_rows: int) -> None:
+        """A run of so many rows did not fit."""
+        self.num_oom += 1
+        self.oom_rows = min(self.oom_rows or num_rows, num_rows)
+
     def timings(self) -> dict[str, float]:
-        return {
+        """The times, always; the facts only where they are not those of a batch that ran once, unpadded."""
+        timings = {
             "batch_wait_ms": self.wait_ms, "load_ms": self.load_ms, "h2d_ms": self.h2d_ms,
             "compute_ms": self.compute_ms, "d2h_ms": self.d2h_ms,
         }  # fmt: skip
+        if self.num_runs != 1:
+            timings["num_runs"] = self.num_runs
+        if self.num_oom:
+            timings |= {"num_oom": self.num_oom, "oom_rows": self.oom_rows}
+        if self.padding_ratio:
+            timings["padding_ratio"] = self.padding_ratio
+        return timings
 
 
 class Runner:
@@ -78,6 +102,7 @@ class Runner:
             received_at: `time.perf_counter()` when the batch came.
         """
         clock = Clock(received_at)
+        clock.num_runs = 0
         num_rows = sum(block.num_rows for block in assign.blocks)
         with torch.inference_mode():
             prepared = self.prepare(assign, clock)
@@ -147,9 +172,7 @@ class _Batch:
 
     __slots__ = ("assign", "clock", "fault", "fixed", "num_rows", "plan", "runner")
 
-    def __init__(
-        self, runner: Runner, plan: Plan, fixed: Inputs, assign: Assign, num_rows: int, clock: Clock
-    ) -> None:
+    def __init__(self, runner: Runner, plan: Plan, fixed: Inputs, assign: Assign, num_rows: int, clock: Clock) -> None:
         self.runner = runner
         self.plan = plan
         self.fixed = fixed
@@ -164,6 +187,7 @@ class _Batch:
         if isinstance(outcome, Block):
             return [Answer(start, stop, outcome)]
         if outcome.is_out_of_memory:
+            self.clock.out_of_memory(stop - start)
             self.runner.recover_memory()
         if outcome.is_device_fault:
             self.fault = outcome
@@ -181,8 +205,10 @@ class _Batch:
         try:
             inputs = self._inputs(start, stop)
         except Exception as e:
+            clock.h2d_ms += clock.lap()
             return describe(name, e)
         clock.h2d_ms += clock.lap()
+        clock.num_runs += 1
         runner.num_runs += 1
         try:
             outputs = self.plan.kernel.run(**inputs)
@@ -191,6 +217,7 @@ class _Batch:
             clock.compute_ms += clock.lap()
             block = to_block(name, outputs if runner.is_cpu else fetch(outputs), stop - start)
         except Exception as e:
+            clock.compute_ms += clock.lap()
             return self._blame(describe(name, e), stop - start)
         clock.d2h_ms += clock.lap()
         return block
@@ -202,7 +229,10 @@ class _Batch:
             blocks, scalars = take_rows(blocks, scalars, start, stop)
         clock = self.clock
         clock.lap()
-        inputs = self.runner.to_device(self.plan.batch(blocks, scalars))
+        batched = self.plan.batch(blocks, scalars)
+        if self.plan.is_padded and stop - start == self.num_rows:
+            clock.padding_ratio = self.plan.padding_ratio(batched)
+        inputs = self.runner.to_device(batched)
         inputs.update(self.fixed)
         return inputs
 

@@ -73,7 +73,7 @@ class Work:
             if assign.lease == lease:
                 del self._waiting[index]
                 error = Error(Code.CANCELLED, "cancelled before it began")
-                self._send(Final(lease, [Answer(0, self._link.held[lease].num_rows, error=error)], {}))
+                self._send(Final(lease, [Answer(0, self._link.held[lease].num_rows, error=error)], {"num_runs": 0}))
                 return
         ended = self.engine.streams.cancel(lease)
         if ended is not None:

@@ -67,9 +67,7 @@ def softmax_inputs(num_rows: int) -> list[dict[str, Any]]:
     return [{"x": x} for x in np.random.default_rng(0).standard_normal(shape, np.float32)]
 
 
-def run_with_bar(
-    client: Client, kernel: str, inputs: Sequence[Mapping[str, Any]], in_flight: int, seconds: float
-) -> Report:
+def run_with_bar(client: Client, kernel: str, inputs: Sequence[Mapping[str, Any]], in_flight: int, seconds: float) -> Report:
     """`run` with a progress bar on stderr, if that is a terminal."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[num]:,} tasks"),

@@ -21,7 +21,7 @@ from typing import Any, Final
 import psutil
 
 from penstock.broker.address import MAX_IPC_PATH, Address, AddressError, connection_file
-from penstock.client.cli.status import size
+from penstock.client.cli.figures import size
 
 OK, NOTE, WRONG = "ok", "note", "WRONG"
 BASE: Final = ("pyzmq", "msgpack", "numpy", "psutil", "rich", "sortedcontainers", "typer")

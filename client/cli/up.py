@@ -50,6 +50,8 @@ class UpConfig:
     kernels: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     file: Path | None = None
+    metrics: str | None = None
+    """HOST:PORT where the broker serves its metrics."""
 
 
 def find_address(explicit: str | None, file: Path | None, env: Mapping[str, str] = os.environ) -> Address:
@@ -80,8 +82,9 @@ def _setting(section: str, name: str, file: Path | None, env: Mapping[str, str])
 
 
 def broker_command(config: UpConfig) -> list[str]:
-    file = ["--config", str(config.file)] if config.file else []
-    return [sys.executable, "-P", "-m", "penstock.broker", "--url", config.address.url, *file]
+    command = [sys.executable, "-P", "-m", "penstock.broker", "--url", config.address.url]
+    command += ["--config", str(config.file)] if config.file else []
+    return command + (["--metrics", config.metrics] if config.metrics else [])
 
 
 def worker_command(config: UpConfig, name: str, device: str | None, num_threads: int | None) -> list[str]:

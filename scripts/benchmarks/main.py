@@ -1,6 +1,7 @@
 """`scripts/bench`: run a benchmark, print it, and keep it as JSON under bench-results/."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -11,6 +12,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "bench-results"
+BENCHES: dict[str, tuple[str, dict[str, str]]] = {
+    "throughput": ("throughput", {"pairs": "num_pairs", "seconds": "seconds"}),
+    "queued": ("queued", {"tasks": "max_tasks"}),
+    "scheduling": ("scheduling", {"pairs": "num_pairs", "seconds": "seconds"}),
+    "overload": ("overload", {"seconds": "seconds"}),
+    "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
+    "prediction": ("prediction", {}),
+    "peers": ("peers", {"seconds": "seconds"}),
+}
+"""What there is: its module, and which options its `measure` takes under which names."""
 
 
 def facts() -> dict[str, Any]:
@@ -32,33 +43,28 @@ def main() -> int:
         prog="scripts/bench",
         description="Measure Penstock on this machine against floors measured in the same run.",
         epilog="throughput: map, submit and call against bare pyzmq. queued: memory and time per queued task. "
+        "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
+        "worker can do. policy: what a decision costs. prediction: measured times of the built-in kernels. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )
-    p.add_argument("what", nargs="?", default="throughput", choices=("throughput", "queued", "peers"))
+    p.add_argument("what", nargs="?", default="throughput", choices=tuple(BENCHES))
     p.add_argument("--peers", action="store_true", help="run the peers after the benchmark")
-    p.add_argument("--pairs", type=int, default=7, help="interleaved pairs (default 7)")
-    p.add_argument("--seconds", type=float, default=2.0, help="per measurement (default 2)")
-    p.add_argument("--tasks", type=int, default=1_000_000, help="queued tasks at most (default 1000000)")
+    p.add_argument("--pairs", type=int, help="interleaved pairs (default 7; policy: 5 rounds)")
+    p.add_argument("--seconds", type=float, help="per measurement (default 2; scheduling 10, overload 60)")
+    p.add_argument("--tasks", type=int, help="queued tasks at most (default 1000000; policy: 20000)")
     args = p.parse_args()
-    if args.what == "queued":
-        import queued as bench
-
-        result = bench.measure(args.tasks)
-    elif args.what == "peers":
-        import peers as bench
-
-        result = bench.measure(args.seconds)
-    else:
-        import throughput as bench
-
-        result = bench.measure(args.pairs, args.seconds)
-    _show(args.what, result, bench.lines(result))
+    _run(args.what, args)
     if args.peers and args.what != "peers":
-        import peers
-
-        result = peers.measure(args.seconds)
-        _show("peers", result, peers.lines(result))
+        _run("peers", args)
     return 0
+
+
+def _run(what: str, args: argparse.Namespace) -> None:
+    module, options = BENCHES[what]
+    bench = importlib.import_module(module)
+    given = {name: getattr(args, option) for option, name in options.items() if getattr(args, option) is not None}
+    result = bench.measure(**given)
+    _show(what, result, bench.lines(result))
 
 
 def _show(name: str, result: dict[str, Any], lines: list[str]) -> None:

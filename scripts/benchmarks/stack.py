@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,30 +14,50 @@ HERE = Path(__file__).parent
 
 
 class Stack:
-    """Broker and workers on a folder of their own; a context manager."""
+    """Broker and workers on a folder of their own; a context manager.
+
+    Args:
+        toml: the broker's penstock.toml.
+        worker_env: what each worker has in its environment beside everybody's.
+    """
 
     def __init__(
-        self, folder: Path, num_workers: int = 1, broker_args: Sequence[str] = (), worker_args: Sequence[str] = ()
+        self,
+        folder: Path,
+        num_workers: int = 1,
+        broker_args: Sequence[str] = (),
+        worker_args: Sequence[str] = (),
+        toml: str = "",
+        worker_env: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.url = f"ipc://{folder}"
-        self._env = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "PYTHONSAFEPATH": "1"}
+        self._env = {
+            **os.environ,
+            "XDG_RUNTIME_DIR": str(folder),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "PYTHONSAFEPATH": "1",
+        }
         self._broker_args = list(broker_args)
         self._worker_args = ["--kernels", str(HERE / "bench_kernels.py"), "--state-dir", str(folder / "state"), *worker_args]
+        self._worker_env = [*worker_env, *[{}] * (num_workers - len(worker_env))]
         self._num_workers = num_workers
         self.broker: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
+        if toml:
+            (folder / "penstock.toml").write_text(toml)
+            self._broker_args += ["--config", str(folder / "penstock.toml")]
 
     def __enter__(self) -> "Stack":
-        self.broker = self._start("penstock.broker", "--url", self.url, "--log-level", "warning", *self._broker_args)
-        for i in range(self._num_workers):
+        self.broker = self._start({}, "penstock.broker", "--url", self.url, "--log-level", "warning", *self._broker_args)
+        for i, env in enumerate(self._worker_env):
             args = ("--broker", self.url, "--name", f"cpu-{i}", "--device", "cpu", "--log-level", "warning", *self._worker_args)
-            self.workers.append(self._start("penstock.worker", *args))
+            self.workers.append(self._start(env, "penstock.worker", *args))
         self._wait_ready(60.0)
         return self
 
-    def _start(self, module: str, *args: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=self._env)
+    def _start(self, env: Mapping[str, str], module: str, *args: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=self._env | dict(env))
 
     def _wait_ready(self, limit_s: float) -> None:
         end = time.monotonic() + limit_s

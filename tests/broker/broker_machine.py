@@ -11,6 +11,7 @@ from typing import Any
 
 from broker_world import (
     BLOB,
+    Declared,
     FakeClient,
     FakeWorker,
     World,
@@ -66,6 +67,7 @@ class BrokerMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.world = World(
+            predictor=Declared(),
             window_rows=60, max_queue_rows=150, session_ttl_s=20.0, liveness_s=5.0, worker_grace_s=10.0, dedup_window_s=30.0,
             progress_s=12.0,
         )  # fmt: skip

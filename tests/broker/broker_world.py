@@ -7,16 +7,22 @@ an answer which reaches the wrong row is seen by whoever receives it.
 import itertools
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
 from penstock.broker.core import Core, Event, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.scheduling.config import SchedulingConfig
+from penstock.broker.scheduling.prediction import BatchLoad, Predictor
+from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.state import BACK, FRONT, Send
 from penstock.broker.wire import Message, decode, encode
 
+WHOLE_BATCHES = SchedulingConfig(first_batch_sizes=(4096, 4096, 4096))
+"""Batches as large as the kernel allows from the first on: how they grow is another test's business."""
+ONE_BIN = replace(WHOLE_BATCHES, max_bins=1)
 TAG_BYTES = 20
 START = 1000.0
 MAX_TURNS = 100
@@ -76,12 +82,19 @@ def spec(
     }  # fmt: skip
 
 
+class Declared(Predictor):
+    """Learns nothing: what a kernel declares is what it takes."""
+
+    def observe(self, load: BatchLoad, worker: str, device: str, measured_ms: float) -> float:
+        return load.cost_ms
+
+
 class World:
     """One core, its peers, and the time."""
 
-    def __init__(self, core: Core | None = None, **config: Any) -> None:
+    def __init__(self, scheduling: SchedulingConfig = WHOLE_BATCHES, predictor: Predictor | None = None, **config: Any) -> None:
         self.now = START
-        self.core = core or Core(BrokerConfig(**config), epoch=7, now=self.now)
+        self.core = Core(BrokerConfig(**config), epoch=7, now=self.now, policy=PullPolicy(scheduling, predictor))
         self.peers: dict[tuple[str, bytes], Peer] = {}
         self.numbers = itertools.count(1)
 
@@ -354,8 +367,8 @@ class FakeWorker(Peer):
         block = None if error else echo_block(rows[start:stop])
         self.send(p.WorkerFinal(lease=token, answers=[p.Answer(start, stop, block, error)]), is_turn)
 
-    def finish(self, token: int | None = None, error: p.Error | None = None) -> None:
-        """Answer a lease in full, let go of it, and grant one batch more in its place."""
+    def finish(self, token: int | None = None, error: p.Error | None = None, **timings: float) -> None:
+        """Answer a lease in full, let go of it, and grant one batch more in its place; `timings` beside the usual."""
         token = self.the_lease() if token is None else token
         assign = self.leases[token]
         rows = rows_of(assign)
@@ -364,7 +377,8 @@ class FakeWorker(Peer):
         if assign.mode == "batch":
             self.credit = [self.credit[0] + 1, self.credit[1] + sum(b.nbytes for b in assign.blocks)]
         answers = [p.Answer(0, len(rows), block, error)]
-        self.send(p.WorkerFinal(lease=token, answers=answers, credit=self.credit, timings={"compute_ms": 1.0}))
+        timings = {"compute_ms": 1.0, **timings}
+        self.send(p.WorkerFinal(lease=token, answers=answers, credit=self.credit, timings=timings))
 
     def finish_all(self, limit: int = 1000) -> list[int]:
         """Answer until nothing is left; the sizes of the batches."""

@@ -1,7 +1,7 @@
 """Which rows share a batch, in what order they go, and how far budgets and credit let them."""
 
 import pytest
-from broker_world import BLOB, PACK, PAD, World, X, blob_rows, number_per_row, rows_of, spec, tensor_rows
+from broker_world import BLOB, ONE_BIN, PACK, PAD, Declared, World, X, blob_rows, number_per_row, rows_of, spec, tensor_rows
 
 
 def test_a_task_goes_out_at_once_and_its_answer_comes_back() -> None:
@@ -14,7 +14,7 @@ def test_a_task_goes_out_at_once_and_its_answer_comes_back() -> None:
     assert got.data is not None
     assert got.data.startswith(run)
     assert got.outcome is not None
-    assert got.outcome.timings == {"compute_ms": 1.0, "batch_size": 1, "bin": "all", "worker": "worker"}
+    assert got.outcome.timings == {"compute_ms": 1.0, "batch_size": 1, "bin": "fast", "worker": "worker"}
     assert got.outcome.attempt == 1
     assert w.state.ledger.num_open == 0
 
@@ -137,10 +137,8 @@ def test_a_batch_of_one() -> None:
 )
 def test_the_cost_budget(combine: str, budget: float, sizes: list[int]) -> None:
     """Rows of 3, 3, 3, 10, 3, 3 ms: what does not fit the budget even alone runs alone."""
-    w = World()
-    made = spec(
-        inputs=(X, number_per_row("ms")), combine=combine, max_batch_cost_ms=budget, base_ms=1.0, per={"ms": 1.0}
-    )
+    w = World(scheduling=ONE_BIN)
+    made = spec(inputs=(X, number_per_row("ms")), combine=combine, max_batch_cost_ms=budget, base_ms=1.0, per={"ms": 1.0})
     client, worker = w.client(), w.worker(made)
     run = client.submit(6, scalars={"ms": [2.0, 2.0, 2.0, 9.0, 2.0, 2.0]})
     assert worker.finish_all() == sizes
@@ -167,7 +165,7 @@ def test_what_is_past_the_budget_alone_does_not_wait_for_an_idle_worker() -> Non
 
 
 def test_cost_counts_bytes_and_numel() -> None:
-    w = World()
+    w = World(scheduling=ONE_BIN)
     made = spec(inputs=(BLOB,), combine="sum", max_batch_cost_ms=100.0, per={"x.bytes": 1.0})
     client, worker = w.client(), w.worker(made)
     run = b"r" * 16
@@ -277,3 +275,31 @@ def test_bad_input_is_refused_with_what_the_kernel_wants() -> None:
         assert client.refused[refused].code == "invalid_input"
         assert text in client.refused[refused].message
     assert w.state.ledger.num_open == 0
+
+
+def test_a_busy_worker_gets_its_next_batch_just_in_time() -> None:
+    w = World(predictor=Declared())
+    client = w.client()
+    worker = w.worker(spec(inputs=(X, number_per_row("ms")), per={"ms": 1.0}), batches=2)
+    for _ in range(3):
+        client.submit(scalars={"ms": 100.0})
+    assert worker.sizes() == [1], "two wait for company"
+    w.advance(0.089)
+    client.submit(scalars={"ms": 100.0})
+    assert worker.sizes() == [1]
+    w.advance(0.002)
+    assert worker.sizes() == [1, 3], "10 ms before the end it has the next one"
+
+
+def test_what_waits_at_the_worker_has_not_begun() -> None:
+    w = World(predictor=Declared())
+    client = w.client()
+    worker = w.worker(spec(inputs=(X, number_per_row("ms")), per={"ms": 1.0}, max_batch_size=1), batches=3)
+    for _ in range(3):
+        client.submit(scalars={"ms": 8.0})
+    (session,) = w.core.state.workers.values()
+    assert session.left_ms(w.now) == pytest.approx(16.0), "the third has to wait: two have more than 10 ms"
+    w.advance(0.007)
+    assert session.left_ms(w.now) == pytest.approx(1.0 + 8.0 + 8.0)
+    worker.finish(min(worker.leases))
+    assert session.left_ms(w.now) == pytest.approx(16.0)

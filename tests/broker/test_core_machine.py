@@ -9,8 +9,9 @@ from broker_machine import check_machine
 from penstock.broker.admission import Admission
 from penstock.broker.clients import Clients
 from penstock.broker.ledger import Ledger
-from penstock.broker.policy import BatchQueue, PullPolicy
 from penstock.broker.protocol import Outcome
+from penstock.broker.scheduling.lanes import BatchQueue, Lane
+from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.settlement import Settlement
 from penstock.broker.tasks import Lease, Piece
@@ -208,9 +209,9 @@ def cancelled_rows_stay_in_their_queue(patch: Patch) -> None:
 def heads_are_out_of_date(patch: Patch) -> None:
     real = PullPolicy._place
 
-    def place(self: PullPolicy, queue: BatchQueue) -> None:
-        if queue.place is None or not queue.pieces:
-            real(self, queue)
+    def place(self: PullPolicy, lane: Lane) -> None:
+        if lane.place is None or not lane.pieces:
+            real(self, lane)
 
     patch.setattr(PullPolicy, "_place", place)
 
@@ -243,7 +244,7 @@ def a_lease_stays_with_the_lost_worker(patch: Patch) -> None:
 @fault
 def everything_is_redelivered(patch: Patch) -> None:
     real = Workers._recover
-    patch.setattr(Workers, "_recover", lambda self, *args: real(self, *args[:3], False))
+    patch.setattr(Workers, "_recover", lambda self, *args, **_: real(self, *args[:3], False))
 
 
 @fault

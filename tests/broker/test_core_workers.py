@@ -290,7 +290,7 @@ def test_control_names_what_it_does_not_know() -> None:
     client.send(p.Control(request=2, op="explode"))
     texts = [r.error.message for r in client.take(p.Reply)]
     assert "workers: worker" in texts[0]
-    assert "there is: drain" in texts[1]
+    assert "there are: drain, reload" in texts[1]
 
 
 def test_one_killed_one_drained_one_slow_and_nothing_is_lost() -> None:

@@ -79,6 +79,9 @@ class ModelBroker:
         self.refuse: Callable[[Submit], Error | None] = lambda m: None
         self.idempotent = True
         self.is_mute = False
+        self.told: dict[str, Any] = {}  # of every task, as brokers since 1.1 do
+        self.controls: list[tuple[str, str]] = []
+        self.control_error: Error | None = None
 
     def handle(self, peer: Any, frames: Sequence[Any]) -> None:
         message = decode(protocol.FROM_CLIENT, frames)
@@ -235,9 +238,21 @@ class ModelBroker:
 
     def _status(self, s: ModelSession, m: protocol.Status) -> None:
         body: dict[str, Any] = {"kernels": self.specs, "is_settled": self.is_settled}
+        known = {id_: submit for o in self.sessions.values() for id_, submit in o.submitted.items() if o.open_rows[id_]}
         if m.id is not None:
-            body = {"state": "queued" if m.id in s.submitted else "unknown"}
+            body = self._report(known[m.id]) if m.id in known else {"state": "unknown"}
+        elif m.what == "tasks" and self.told:
+            body = {"tasks": [self._report(submit) for submit in known.values()][:100], "num_open": len(known)}
+        elif m.what:
+            body["tasks"] = {"open": len(known)}  # older brokers do not know the question
         self._send(s, protocol.Reply(request=m.request, body=body))
+
+    def _report(self, m: Submit) -> dict[str, Any]:
+        return {"state": "queued", "id": m.id, "kernel": m.kernel, **self.told} if self.told else {"state": "queued"}
+
+    def _control(self, s: ModelSession, m: protocol.Control) -> None:
+        self.controls.append((m.op, m.target))
+        self._send(s, protocol.Reply(request=m.request, error=self.control_error))
 
     def _goodbye(self, s: ModelSession, m: protocol.Goodbye) -> None:
         self.sessions.pop(s.secret, None)

@@ -283,8 +283,8 @@ def test_errors_have_their_types(fake, ps):
         ps.call("nope")
     with fake.lock:
         fake.model.refuse = lambda m: protocol.Error("overloaded", "full", 250.0)
-    with pytest.raises(Overloaded) as full:
-        ps.call("echo", x=X)
+    with pytest.raises(Overloaded, match=r"full; not tried again: 0\.\d s of its time limit are left") as full:
+        ps.options(timeout=0.2).call("echo", x=X)
     assert full.value.retry_after == 0.25
     with pytest.raises(ValueError, match="missing argument"):
         ps.submit("echo")

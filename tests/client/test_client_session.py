@@ -1,91 +1,18 @@
 """The session state machine, message by message, without sockets or clocks."""
 
 import math
-import random
 
 import numpy as np
 import pytest
-from client_fakes import SPECS, ModelBroker
 from hypothesis import given
 from hypothesis import strategies as st
+from session_rig import PLAIN, PLANS, Rig, X, codes
 
 from penstock.broker import protocol
 from penstock.broker.protocol import Code, Error
-from penstock.broker.wire import decode, encode
 from penstock.client.config import ClientConfig
 from penstock.client.connection import GREETING, READY
-from penstock.client.plan import Plan
 from penstock.client.run import CLOSED, PENDING, SENT, WAITING, Options, Run
-from penstock.client.session import Session
-
-PLANS = {name: Plan(name, spec) for name, spec in SPECS.items()}
-PLAIN = Options(timeout=None)
-X = np.zeros(4, "f4")
-
-
-class Rig:
-    """A session, a model broker and the time between them. `peer` is the session's present connection."""
-
-    def __init__(self, config: ClientConfig | None = None, **model: object) -> None:
-        self.random = random.Random(7)
-        self.session = Session(config or ClientConfig(), "test", self.random.randbytes)
-        self.broker = ModelBroker(**model)  # type: ignore[arg-type]
-        self.now, self.peer = 100.0, 0
-
-    def attached(self) -> "Rig":
-        self.session.open(self.now)
-        self.exchange()
-        assert self.session.connection.state == READY
-        self.broker.log.clear()
-        return self
-
-    def send(self) -> list[protocol.Message]:
-        """All that the session has to send, delivered to the broker."""
-        sent = []
-        while (frames := self.session.take(self.now)) is not None:
-            sent.append(decode(protocol.FROM_CLIENT, frames))
-            self.broker.handle(self.peer, frames)
-            self.session.check()
-        return sent
-
-    def deliver(self) -> None:
-        out, self.broker.out = self.broker.out, []
-        for peer, frames in out:
-            if peer == self.peer:
-                self.session.receive(frames, self.now)
-                self.session.check()
-
-    def exchange(self) -> None:
-        while self.send() or self.broker.out:
-            self.deliver()
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-        self.session.tick(self.now)
-        self.session.check()
-        if self.session.connection.must_reconnect:
-            self.reconnect()
-
-    def reconnect(self) -> None:
-        self.peer += 1
-        self.session.reconnected(self.now)
-
-    def tell(self, message: protocol.Message) -> None:
-        self.session.receive(encode(message), self.now)
-        self.session.check()
-
-    def submit(self, kernel: str = "hold", options: Options = PLAIN, **inputs: object) -> tuple[Run, int]:
-        """As a driver does it: what can go out goes out at once."""
-        taken = self.session.submit(PLANS[kernel].row(inputs or {"x": X}), options, self.now)
-        self.send()
-        return taken
-
-    def submits(self) -> list[protocol.Submit]:
-        return [m for m in self.broker.log if isinstance(m, protocol.Submit)]
-
-
-def codes(run: Run) -> list[str | None]:
-    return [None if part is None else part.error.code if part.error else "ok" for part in run.slots]
 
 
 def test_hello_then_submit_on_an_idle_line_goes_out_at_once():
@@ -289,7 +216,7 @@ def test_a_seq_that_was_there_is_dropped():
     rig = Rig().attached()
     run, _ = rig.submit("echo")
     rig.send()
-    (_, frames), = rig.broker.out
+    ((_, frames),) = rig.broker.out
     rig.session.receive(frames, rig.now)
     events = rig.session.news.num_events
     rig.session.receive(frames, rig.now)
@@ -472,7 +399,7 @@ def test_another_major_version_ends_the_session_with_both_named():
     rig.session.open(rig.now)
     rig.send()
     rig.session.receive([b"PS\x09\x00", b"\x80"], rig.now)
-    assert "9.0 met 1.0" in str(rig.session.error)
+    assert "9.0 met 1.1" in str(rig.session.error)
 
 
 def test_garbage_and_misfits_are_noted_and_nothing_else():
@@ -551,6 +478,7 @@ STEPS = st.lists(
         st.tuples(st.just("lose"),),
         st.tuples(st.just("restart"),),
         st.tuples(st.just("flush"),),
+        st.tuples(st.just("full"), st.sampled_from([20.0, 2000.0])),
     ),
     max_size=60,
 )  # fmt: skip
@@ -558,7 +486,8 @@ STEPS = st.lists(
 
 @given(STEPS, st.sampled_from([4, 33, 4096]))
 def test_every_task_ends_exactly_once_whatever_is_lost(steps, window):
-    """Messages are lost with their connection, brokers with their memory; at the end each task has its own answer."""
+    """Messages are lost with their connection, brokers with their memory, and brokers are full; at the end each task has
+    its own answer."""
     rig = Rig(window=(window, 1 << 30)).attached()
     options = {t: Options(timeout=t) for t in (None, 0.5, 30.0)}
     tasks: list[tuple[Run, int, float]] = []
@@ -595,6 +524,9 @@ def test_every_task_ends_exactly_once_whatever_is_lost(steps, window):
                 rig.broker.restart()
             case ("flush",):
                 rig.session.flush()
+            case ("full", retry_after_ms):
+                full = Error(Code.OVERLOADED, "full", retry_after_ms)
+                rig.broker.refuse = lambda m, full=full: full if m.block.num_rows % 2 else None
         rig.session.check()
         for run, row, _ in tasks:
             part = run.slots[row]
@@ -603,6 +535,7 @@ def test_every_task_ends_exactly_once_whatever_is_lost(steps, window):
                 seen[run.id, row] = part
             else:
                 del seen[run.id, row]
+    rig.broker.refuse = lambda m: None
     for _ in range(60):
         rig.session.flush()
         rig.exchange()
@@ -616,7 +549,7 @@ def test_every_task_ends_exactly_once_whatever_is_lost(steps, window):
             got = np.frombuffer(part.block.row(0, part.base + row - part.start), "<f4")
             assert got.tolist() == [value, value]
         else:
-            assert part.error.code in (Code.DEADLINE, Code.CANCELLED)
+            assert part.error.code in (Code.DEADLINE, Code.CANCELLED, Code.OVERLOADED)
             assert part.error.code == Code.CANCELLED or run.deadline < math.inf
     assert not rig.session.submissions.flight.runs
     assert rig.session.backlog.num_rows == 0

@@ -9,7 +9,9 @@ import pytest
 
 from penstock.client.cli import main
 
-COMMANDS = ["up", "broker", "worker", "call", "bench", "status", "drain", "doctor"]
+COMMANDS = [
+    "up", "broker", "worker", "call", "bench", "status", "tasks", "task", "drain", "reload", "doctor", "simulate",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert "penstock call softmax x=[1,2,3]" in out
 
 
-@pytest.mark.parametrize("command", ["up", "call", "bench", "status", "drain", "doctor"])
+@pytest.mark.parametrize("command", ["up", "call", "bench", "status", "tasks", "task", "drain", "reload", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
@@ -57,6 +59,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["status"], 5, "penstock up"),
         (["status", "--json"], 5, "penstock up"),
         (["drain", "w"], 5, "penstock up"),
+        (["reload"], 5, "penstock up"),
+        (["tasks"], 5, "penstock up"),
+        (["task"], 2, "ID"),
+        (["task", "3fa9"], 5, "penstock up"),
         (["call", "softmax", "x=[1]"], 5, "penstock up"),
         (["bench"], 5, "penstock up"),
     ],
@@ -64,7 +70,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors_are_one_line(
     arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.client.cli.commands.QUICK_CONNECT_S", 0.1)
+    monkeypatch.setattr("penstock.client.cli.looking.QUICK_CONNECT_S", 0.1)
     assert main(arguments) == status
     told = capsys.readouterr()
     assert told.out == ""
@@ -90,6 +96,15 @@ def test_other_programs_get_their_own_arguments(command: str, module: str) -> No
     assert done.stdout.startswith(f"usage: penstock {command}")
     done = subprocess.run([*run, "--nonsense"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
+
+
+def test_the_simulator_is_another_process_with_all_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: became.append([program, *arguments]))
+    main(["simulate", "--service", "uniform:1:20", "--json", "--help"])
+    python = sys.executable
+    module = ["-P", "-m", "penstock.broker.simulator"]
+    assert became == [[python, python, *module, "--service", "uniform:1:20", "--json", "--help"]]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -8,7 +8,7 @@ import pytest
 from penstock.broker.address import Address, AddressError
 from penstock.broker.settings import SettingsError
 from penstock.client.cli import up
-from penstock.client.cli.up import Child, UpConfig, find_address, worker_command
+from penstock.client.cli.up import Child, UpConfig, broker_command, find_address, worker_command
 
 ADDRESS = Address("ipc:///tmp/x")
 
@@ -61,6 +61,13 @@ def test_what_workers_are_told() -> None:
     plain = worker_command(UpConfig(ADDRESS), "worker-1", None, None)
     assert "--device" not in plain
     assert "--threads" not in plain
+
+
+def test_what_the_broker_is_told() -> None:
+    plain = broker_command(UpConfig(ADDRESS))
+    assert plain == [sys.executable, "-P", "-m", "penstock.broker", "--url", "ipc:///tmp/x"]
+    full = broker_command(UpConfig(ADDRESS, file=Path("p.toml"), metrics="127.0.0.1:9464"))
+    assert full == [*plain, "--config", "p.toml", "--metrics", "127.0.0.1:9464"]
 
 
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

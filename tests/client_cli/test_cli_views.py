@@ -13,7 +13,8 @@ from rich.console import Console
 from penstock.broker.address import Address
 from penstock.client.cli import doctor
 from penstock.client.cli.doctor import NOTE, OK, WRONG, Finding
-from penstock.client.cli.status import duration, exit_status, render, size
+from penstock.client.cli.figures import duration, milliseconds, share, size
+from penstock.client.cli.status import exit_status, render
 
 WORKER = {
     "name": "w1", "pid": 42, "device": "cuda:0", "state": "ready", "leases": 2, "done": 12_345, "failed": 1,
@@ -70,6 +71,18 @@ def test_sizes(num_bytes: int, shown: str) -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(0.9, "0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), (0.0, "0.0 ms"), (9.94, "9.9 ms"), (120.4, "120 ms"), (1500.0, "1.5 s"), (61_000.0, "1 min 1 s")],
+)
+def test_times(value: float | None, shown: str) -> None:
+    assert milliseconds(value) == shown
+
+
+def test_shares() -> None:
+    assert [share(value) for value in (None, 0.0, 0.951, 1.0)] == ["-", "0 %", "95 %", "100 %"]
 
 
 # --- doctor --------------------------------------------------------------------------------------------------------

@@ -183,10 +183,6 @@ def test_targets_that_are_refused(target: Any, message: str) -> None:
         ({"cost": Cost(per={"y": 1.0})}, "unknown terms"),
         ({"cost": Cost(per={"x.numel": -1.0})}, "not negative"),
         ({"cost": Cost(base_ms=math.inf)}, "finite"),
-        ({"cost": lambda features: features["y"]}, r"raised KeyError\('y'\)"),
-        ({"cost": lambda features: -1.0}, "0 or more"),
-        ({"cost": lambda features: "long"}, "0 or more"),
-        ({"cost": lambda features: math.nan}, "0 or more"),
     ],
 )
 def test_fields_that_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -243,6 +239,27 @@ def test_a_curved_cost_function_is_fitted_without_negative_slopes() -> None:
     assert all(slope > 0 for slope in cost.per.values())
     for size in (1.0, 100.0, 60_000.0):
         assert cost.of({"x.numel": size}) == pytest.approx(5.0 + (size * 1e-3) ** 1.1, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("cost", "why"),
+    [
+        (lambda features: features["y"], "raised KeyError('y')"),
+        (lambda features: -1.0, "0 or more; it returned -1.0"),
+        (lambda features: "long", "0 or more; it returned 'long'"),
+        (lambda features: math.nan, "0 or more; it returned nan"),
+    ],
+)
+def test_a_cost_function_that_fails_is_left_out(cost: Any, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    def f(x): ...
+
+    spec = declared(f, cost=cost)
+    assert spec.linear_cost == Cost()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("kernel 'k': its cost function ")
+    assert why in record.getMessage()
+    assert "offered without a cost" in record.getMessage()
 
 
 def test_the_cost_of_nothing_is_the_base() -> None:

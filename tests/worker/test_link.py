@@ -63,15 +63,25 @@ def test_the_window_follows_the_time_of_a_batch(took_ms: float, window: int) -> 
     assert credit.window == window
 
 
+def test_one_slow_batch_among_fast_ones_changes_little() -> None:
+    credit = Credit(MB)
+    for took_ms in [5.0, 1000.0, 5.0, 20.0]:
+        credit.measure(took_ms)
+        assert credit.window == 2
+    for _ in range(8):
+        credit.measure(200.0)
+    assert credit.window == 1
+
+
 def test_credit_never_shrinks() -> None:
     credit = Credit(MB)
     totals = []
-    for took_ms in [0.1, 0.1, *[200.0] * 6]:
+    for took_ms in [0.1, 0.1, *[200.0] * 9]:
         credit.measure(took_ms)
         totals.append(credit.total(1)[0])
         credit.answered(0)
     assert totals == sorted(totals)
-    assert totals[-1] == 8 + 1
+    assert totals[-1] == 11 + 1
 
 
 def test_a_lease_is_held_until_its_answer_has_left() -> None:

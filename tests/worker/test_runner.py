@@ -1,6 +1,7 @@
 """One batch, run without sockets: who fails and who does not, what is run again, loading, memory."""
 
 import gc
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 import worker_kernels as kernels
 from fake_broker import assign, tensor_block
 
+from penstock.broker.columns import Column, pack
 from penstock.broker.protocol import Answer, Code, Error, Resident
-from penstock.kernels import kernel, registry
+from penstock.kernels import Tensor, kernel, registry
 from penstock.worker.runner import Runner
 
 
@@ -24,6 +26,12 @@ def make_runner(*targets: Any, announced: list[Resident] | None = None, **option
 
 def column(*firsts: float) -> np.ndarray:
     return np.array([[first, 0.5] for first in firsts], np.float32)
+
+
+def timings_of(runner: Runner, name: str, *blocks: Any, **fields: Any) -> dict[str, float]:
+    """What the answer to a batch says of its times and of what was out of the ordinary."""
+    _, clock, _ = runner.run(assign(1, name, *blocks, **fields), 0.0)
+    return clock.timings()
 
 
 def solve(runner: Runner, name: str, *blocks: np.ndarray, **fields: Any) -> dict[int, Any]:
@@ -107,6 +115,74 @@ def test_out_of_memory_splits_until_it_fits() -> None:
     assert error.code == Code.FAILED
     assert "ran out of memory" in error.message
     assert all(not isinstance(row, Error) and row[0] == firsts[i] for i, row in rows.items())
+
+
+TIMES = {"batch_wait_ms", "load_ms", "h2d_ms", "compute_ms", "d2h_ms"}
+
+
+def test_a_plain_batch_costs_no_facts_on_the_wire() -> None:
+    assert timings_of(make_runner(kernels.scale), "scale", tensor_block(column(1, 2))).keys() == TIMES
+    rows = [ragged(3), ragged(3)]
+    assert timings_of(make_runner(kernels.pads), "pads", *rows).keys() == TIMES
+
+
+def test_a_batch_that_was_bisected_says_how_often_it_ran() -> None:
+    runner = make_runner(kernels.picky)
+    timings = timings_of(runner, "picky", tensor_block(column(1, 666, 2, 3)))
+    assert timings.keys() - TIMES == {"num_runs"}
+    assert timings["num_runs"] == runner.num_runs == 5  # 4 rows, 2, 1, 1, and the other 2
+
+
+def test_a_batch_out_of_memory_says_what_did_not_fit() -> None:
+    timings = timings_of(make_runner(kernels.hungry), "hungry", tensor_block(column(*range(16))))
+    assert {k: timings[k] for k in timings.keys() - TIMES} == {"num_runs": 7, "num_oom": 3, "oom_rows": 8}
+    alone = timings_of(make_runner(kernels.hungry), "hungry", tensor_block(column(999)))
+    assert {k: alone[k] for k in alone.keys() - TIMES} == {"num_oom": 1, "oom_rows": 1}
+
+
+def test_a_batch_that_never_ran_says_so() -> None:
+    runner = make_runner(kernels.scale, kernels.pads)
+    assert timings_of(runner, "nothing", tensor_block(column(1)))["num_runs"] == 0
+    assert timings_of(runner, "pads", tensor_block(np.ones(1, np.float32)))["num_runs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ratio"),
+    [((1, 3), 0.5), ((4, 4, 4, 0), 1 / 3), ((2, 2), None), ((0, 0), None), ((7,), None)],
+)
+def test_padding_is_told(lengths: tuple[int, ...], ratio: float | None) -> None:
+    timings = timings_of(make_runner(kernels.pads), "pads", *map(ragged, lengths))
+    assert timings.get("padding_ratio") == (ratio if ratio is None else pytest.approx(ratio))
+
+
+def test_the_padding_of_a_batch_is_that_of_the_whole() -> None:
+    @kernel("small", inputs={"x": Tensor(ragged="pad")}, max_batch_size=8)
+    def small(x: torch.Tensor, x_lengths: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            raise ValueError("one at a time")
+        return x_lengths
+
+    timings = timings_of(make_runner(small), "small", ragged(1), ragged(3))
+    assert (timings["num_runs"], timings["padding_ratio"]) == (3, pytest.approx(0.5))
+
+
+def test_the_time_of_failed_runs_counts() -> None:
+    @kernel("tries", max_batch_size=8)
+    def tries(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005)
+        if len(x) > 1:
+            raise ValueError("one at a time")
+        return x
+
+    timings = timings_of(make_runner(tries), "tries", tensor_block(column(1, 2)))
+    assert timings["num_runs"] == 3
+    assert timings["compute_ms"] >= 15.0
+
+
+def ragged(length: int) -> Any:
+    """One row of `length` steps of two numbers."""
+    row = np.ones((length, 2), np.float32)
+    return pack([(Column("x", "float32", (2,), True), [length], [row.tobytes()])], 1)
 
 
 def test_a_failed_run_is_free_before_the_next_one_begins() -> None:

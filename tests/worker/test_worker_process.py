@@ -124,7 +124,9 @@ def test_from_hello_to_goodbye(broker: FakeBroker, start: Start, tmp_ipc: Path) 
 
     broker.wait_until(lambda: bool(broker.beats and broker.beats[-1][1].progress), "a heartbeat with progress")
     assert broker.beats[-1][1].session == hello.secret
-    assert broker.beats[-1][1].memory["rss_bytes"] > 1 << 20
+    memory = broker.beats[-1][1].memory
+    assert memory["rss_bytes"] > 1 << 20
+    assert 0.0 < memory["used_fraction"] < 1.0
 
     worker.terminate()
     broker.expect(protocol.Drain)
@@ -170,6 +172,7 @@ def test_a_waiting_batch_is_cancelled_before_it_begins(shared: Shared) -> None:
     (answer,) = finals[two].answers
     assert answer.error is not None
     assert (answer.start, answer.stop, answer.error.code) == (0, 2, Code.CANCELLED)
+    assert finals[two].timings == {"num_runs": 0}, "nothing is to be learned from it"
     assert finals[two].credit[0] > 0
 
 
