@@ -15,6 +15,8 @@ from penstock.broker.spec import InputError
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import Run
 
+CLEAR = 4.0
+"""With nothing ahead of it and so many times the time that it needs, nothing has to be worked out."""
 MIN_MEASURED = 3
 GUESS_SLACK = 2.0
 """While a kernel is not well known, from so many batches on a wait of so many time limits is too long."""
@@ -69,7 +71,8 @@ class Admission:
             raise self._overloaded(f"the queue is full ({config.max_queue_rows} tasks)", num_rows, now, "queue")
         if ledger.open_bytes + num_bytes > config.max_queue_bytes:
             raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows, now, "memory")
-        self._check_quota(session.account, num_rows, num_bytes, now)
+        if self._state.quotas.has_any:
+            self._check_quota(session.account, num_rows, num_bytes, now)
 
     def _check_quota(self, account: Account, num_rows: int, num_bytes: int, now: float) -> None:
         key, drain_s = (account.principal, account.name), account.num_open / max(self._state.finish_rate.at(now), 1e-3)
@@ -85,10 +88,12 @@ class Admission:
         slack = 1.0 if policy.predictor.is_known(run.kernel) else GUESS_SLACK
         if slack > 1.0 and queue.num_measured < MIN_MEASURED:
             return  # a guess refuses nobody
-        ahead = self._ahead(account, now)
         alone_ms = run.spread * (max(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms)
         total_ms = sum(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms * run.num_rows
         work_ms, left_ms = total_ms * queue.share, 1000.0 * (run.deadline - now)
+        if not state.ledger.leases and not policy.num_rows and CLEAR * (alone_ms + work_ms) < left_ms:
+            return  # nothing is ahead of it
+        ahead = self._ahead(account, now)
         run.expected_s = ahead.wait_s(max(work_ms - alone_ms, 0.0))
         over = state.codel.refusal(run.priority, ahead.wait_s(), now) or work_refusal(
             ahead, work_ms, alone_ms, 0.001 * slack * left_ms / queue.lateness,

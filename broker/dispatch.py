@@ -118,12 +118,13 @@ class Dispatch:
         kernel = batch.queue.spec.name
         measured_ms = timings.get("h2d_ms", 0.0) + timings.get("compute_ms", 0.0) + timings.get("d2h_ms", 0.0)
         num_runs = int(timings.get("num_runs", 1))
-        state.policy.completed(batch, worker.device, measured_ms, num_runs)
+        was_learned = state.policy.completed(batch, worker.device, measured_ms, num_runs)
         state.metrics.batch_completed(kernel, timings, batch.num_rows, batch.limit, batch.predicted_ms, measured_ms)
         for account, num_rows, *_ in batch.charges:
             spent_ms = measured_ms * num_rows / batch.num_rows
-            state.quotas.spend((account.principal, account.name), spent_ms, now)
             state.metrics.device_time(account.name, spent_ms)
+            if state.quotas.has_any:
+                state.quotas.spend((account.principal, account.name), spent_ms, now)
         if "num_oom" in timings:
             num_rows = int(timings.get("oom_rows", batch.num_rows))
             self._tell(
@@ -135,7 +136,7 @@ class Dispatch:
             self._num_unbatchable.pop(kernel, None)
         has_failed = lease.num_failed >= lease.num_rows and not self._is_one_clients_fault(lease)
         self._log(state.breakers.finished(worker.name, kernel, has_failed, now, lease.assigned_at))
-        if lease.mode == "batch":
+        if was_learned or (lease.num_failed and lease.mode == "batch"):
             predicted_ms = batch.predicted_ms if state.policy.predictor.is_known(kernel) else None
             self._watch.completed(
                 kernel, worker.name, batch.num_rows, measured_ms, predicted_ms, lease.num_failed, now, batch.alone_ms

@@ -45,8 +45,8 @@ class Batch:
     """
 
     __slots__ = (
-        "alone_ms", "cells", "charges", "first", "has_company", "is_known", "is_slow", "label", "limit", "load",
-        "num_rows", "picked", "predicted_ms", "q95_ms", "queue", "row_ms", "worker",
+        "alone_ms", "cells", "charges", "first", "has_company", "is_known", "is_slow", "label", "limit", "load_bytes",
+        "load_ms", "num_rows", "picked", "predicted_ms", "queue", "row_ms", "worker",
     )  # fmt: skip
 
     def __init__(self, queue: BatchQueue, worker: str, limit: int) -> None:
@@ -54,11 +54,11 @@ class Batch:
         self.worker = worker
         self.limit = limit
         self.picked: list[tuple[Piece, int]] = []
-        self.cells: dict[int, int] = {}
+        self.cells: list[tuple[int, int]] = []
         self.charges: list[tuple[Account, int, float, float]] = []
         self.num_rows = 0
-        self.alone_ms = self.predicted_ms = self.q95_ms = self.row_ms = 0.0
-        self.load: BatchLoad | None = None
+        self.alone_ms = self.predicted_ms = self.row_ms = 0.0
+        self.load_ms = self.load_bytes = 0.0
         self.label = "all"
         self.is_slow = False
         self.is_known = True
@@ -68,6 +68,11 @@ class Batch:
     @property
     def is_full(self) -> bool:
         return self.num_rows >= self.limit
+
+    def load(self) -> BatchLoad:
+        """What it is to the predictor."""
+        queue, spec = self.queue, self.queue.spec
+        return BatchLoad(spec.name, queue.context, spec.combine, self.num_rows, self.load_ms, self.load_bytes)
 
 
 class Filling:
@@ -124,6 +129,7 @@ class Filling:
             num_rows = 1  # past the credit all alone: it has to run some time
         self.bytes_left -= num_rows * (run.num_bytes // run.num_rows)
         picked.append((piece, num_rows))
+        batch.cells.append((piece.cell, num_rows))
         batch.num_rows += num_rows
         batch.alone_ms += piece.alone_ms if num_rows == rows else piece.alone_ms * num_rows / rows
         if run.arrived < batch.first:

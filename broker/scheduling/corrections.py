@@ -12,16 +12,15 @@ from penstock.broker.scheduling.linear import finite, short
 SPLIT_MS = 4.0
 """Between short and long times."""
 NUM_FEW = 20
-GAIN = 0.08
-"""Weight of a new residual once there are a dozen."""
-PRIOR = 0.3
-"""Samples that the value of a new knot counts for."""
+GAIN = 0.1
+"""Weight of a new residual once there are ten."""
+PRIOR, ROWS_PRIOR = 0.3, 5.0
 MAX_LOG = 30.0
 MAX_KNOTS = 64
 NUM_NEW = 6.0
 """Samples of a knot before residuals are clipped."""
 NUM_YOUNG = 6
-FALL, RISE = 0.5, 0.2
+FALL, RISE = 0.7, 0.1
 """Weight of a time, among the first few of a batch, that is far below what was measured before, or far above: first
 calls take longer than they should, never shorter."""
 NUM_TRUSTED = 3
@@ -52,11 +51,12 @@ class Quantile:
 
     def learn(self, ratio: float) -> None:
         """Take in log(measured / predicted mean)."""
-        self.count += 1
-        gain = max(self.GAIN, 1.0 / (self.count + 1))
+        self.count = count = self.count + 1
+        gain = 1.0 / (count + 1) if count < 4 else self.GAIN
         log = self._log * math.exp(gain * self.SHARE if ratio > self._log else gain * (self.SHARE - 1.0))
-        self._log = log = min(max(log, self.LOW), self.HIGH)
-        self.factor = math.exp(log)
+        if self.LOW <= log <= self.HIGH:
+            self._log = log
+            self.factor = math.exp(log)
 
 
 class Spread:
@@ -108,15 +108,17 @@ class Curve:
     last value holds.
     """
 
-    __slots__ = ("counts", "low", "values")
+    __slots__ = ("counts", "low", "prior", "values")
 
-    def __init__(self, low: int, value: float) -> None:
+    def __init__(self, low: int, value: float, prior: float = PRIOR) -> None:
+        """Takes the first knot's place and value, and how many samples the value of a new knot counts for."""
         self.low = low
+        self.prior = prior
         self.values = [value]
         self.counts = [0.0]
 
     def copy(self) -> "Curve":
-        made = Curve(self.low, 0.0)
+        made = Curve(self.low, 0.0, self.prior)
         made.values, made.counts = self.values[:], self.counts[:]
         return made
 
@@ -143,9 +145,9 @@ class Curve:
         values, counts = self.values, self.counts
         rest = 1.0 - part
         count = rest * counts[index] + part * counts[index + 1]
-        if count >= NUM_NEW:
-            residual = min(max(residual, -bound), bound)
-        gain = 1.0 / (count + 1.0 + PRIOR)
+        if count >= NUM_NEW and not -bound <= residual <= bound:
+            residual = bound if residual > 0.0 else -bound
+        gain = 1.0 / (count + 1.0 + self.prior)
         step = (gain if gain > GAIN else GAIN) * residual / (rest * rest + part * part)
         values[index] = _bounded(values[index] + rest * step)
         values[index + 1] = _bounded(values[index + 1] + part * step)
@@ -165,13 +167,14 @@ class Curve:
         return index
 
     def dump(self) -> list[Any]:
-        return [self.low, [round(value, 3) for value in self.values], [min(round(count), 99) for count in self.counts]]
+        counts = "".join(str(min(round(count), 9)) for count in self.counts)  # more are as good as nine
+        return [self.low, [round(value, 3) for value in self.values], counts]
 
     @classmethod
-    def restore(cls, saved: Any) -> "Curve":
+    def restore(cls, saved: Any, prior: float = PRIOR) -> "Curve":
         """Raises ValueError, TypeError for what `dump` never made."""
         low, values, counts = saved
-        made = cls(int(low), 0.0)
+        made = cls(int(low), 0.0, prior)
         made.values = [_bounded(finite(value)) for value in values]
         made.counts = [abs(finite(count)) for count in counts]
         if not 0 < len(values) == len(counts) <= MAX_KNOTS or not 0 <= made.low <= MAX_KNOTS:
@@ -183,18 +186,22 @@ class Correction:
     """What is known of one batch key.
 
     Attributes:
+        curve: a factor over the cost.
+        rows: another one over the log2 of the number of rows: many small ones are not the same as a few large ones.
         times: number of rows -> [cost, log ms, samples]. Rows of one shape make batches that are equal where their number
             is, and what these take has steps and cliffs that no smooth curve follows.
     """
 
-    __slots__ = ("curve", "times")
+    __slots__ = ("curve", "rows", "times")
 
     def __init__(self, curve: Curve) -> None:
         self.curve = curve
+        self.rows = Curve(0, 0.0, ROWS_PRIOR)
         self.times: dict[int, list[float]] = {}
 
     def copy(self) -> "Correction":
         made = Correction(self.curve.copy())
+        made.rows = self.rows.copy()
         made.times = {num_rows: entry[:] for num_rows, entry in self.times.items()}
         return made
 
@@ -209,7 +216,7 @@ class Correction:
         entry[2] = count = entry[2] + 1.0
         away, gain = log_ms - entry[1], 1.0 / count
         if count > NUM_YOUNG:
-            away, gain = min(max(away, -bound), bound), max(gain, GAIN)
+            away, gain = min(max(away, -bound), bound), (gain if gain > GAIN else GAIN)
         elif away < -bound:
             gain = max(gain, FALL)
         elif away > bound:
@@ -217,16 +224,17 @@ class Correction:
         entry[1] += gain * away
 
     def dump(self) -> list[Any]:
-        """The curve, and the times that were measured most often."""
+        """The curves, and the times that were measured most often."""
         often = sorted(self.times.items(), key=lambda item: -item[1][2])[:MAX_TIMES_SAVED]
         times = [[num_rows, cost_ms, round(log_ms, 4), min(int(count), 99)] for num_rows, (cost_ms, log_ms, count) in often]
-        return [self.curve.dump(), [t for t in times if t[-1] >= NUM_TRUSTED]]
+        return [self.curve.dump(), self.rows.dump(), [t for t in times if t[-1] >= NUM_TRUSTED]]
 
     @classmethod
     def restore(cls, saved: Any) -> "Correction":
         """Raises ValueError, TypeError for what `dump` never made."""
-        curve, times = saved
+        curve, rows, times = saved
         made = cls(Curve.restore(curve))
+        made.rows = Curve.restore(rows, ROWS_PRIOR)
         for num_rows, cost_ms, log_ms, count in times[:MAX_TIMES]:
             made.times[int(num_rows)] = [finite(cost_ms), _bounded(finite(log_ms)), abs(finite(count))]
         return made

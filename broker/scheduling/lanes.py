@@ -9,7 +9,8 @@ from sortedcontainers import SortedList
 
 from penstock.broker.scheduling.accounts import Account, Head
 from penstock.broker.scheduling.bins import BinPlan, Histogram
-from penstock.broker.spec import Spec
+from penstock.broker.scheduling.prediction import Estimate
+from penstock.broker.spec import Cost, Spec
 from penstock.broker.tasks import Piece
 
 Kind = tuple[str, bytes, str]
@@ -17,6 +18,7 @@ Kind = tuple[str, bytes, str]
 Entry = tuple[float, int, int, int, Piece]
 """(time limit, seq of its run, first row when it was queued, a number of its own, piece): the order inside a lane."""
 FIRST_SHARE = 0.125
+MEMO_USES = 8
 SMOOTHING = 0.1
 LATE_FROM_S = 0.02
 """Waits much shorter than this are all the same."""
@@ -38,6 +40,19 @@ class Lane:
         self.place: Head | None = None
 
 
+class Memo:
+    """The last estimate of a queue, good for a few runs like it; none if its rows differ."""
+
+    __slots__ = ("cost_ms", "guess", "is_known", "num_left", "row_bytes")
+
+    def __init__(self, cost_ms: Cost, row_bytes: float, guess: Estimate, is_known: bool) -> None:
+        self.cost_ms = cost_ms
+        self.row_bytes = row_bytes
+        self.guess = guess
+        self.is_known = is_known
+        self.num_left = 0 if isinstance(cost_ms, list) else MEMO_USES
+
+
 class BatchQueue:
     """What waits under one batch key.
 
@@ -48,7 +63,7 @@ class BatchQueue:
     __slots__ = (
         "_measured_ms", "_num_shares", "_predicted_ms", "alone_ms", "cells", "context", "histogram", "is_binned",
         "is_max", "key", "kind", "lanes", "lateness", "learned_at", "limit", "max_batch_cost_ms", "max_batch_size",
-        "mode", "num_measured", "num_rows", "plan", "share", "spec",
+        "memo", "mode", "num_measured", "num_rows", "plan", "share", "spec",
     )  # fmt: skip
 
     def __init__(self, key: tuple[Any, ...], spec: Spec, mode: str, plan: BinPlan, context: bytes) -> None:
@@ -68,6 +83,7 @@ class BatchQueue:
         self.learned_at = float("-inf")
         self.num_rows = self.num_measured = self._num_shares = 0
         self.limit = self.max_batch_size
+        self.memo: Memo | None = None
         self.lateness = MIN_LATENESS
         self._measured_ms = self._predicted_ms = 0.0
         self.alone_ms = 0.0

@@ -47,7 +47,8 @@ class Linear:
         a, b, c, d = (mean_ms / mean if mean > 1e-9 else 0.0 for mean in (1.0, sizes, costs, rows))
         self._units, self._theta, self.slopes = (a, b, c, d), (0.0, 0.0, ratio / c, 0.0), (0.0, 0.0, ratio, 0.0)
         for cost, num_bytes, num_rows, ms in [*samples, *samples]:
-            self.learn(cost, num_bytes, num_rows, math.log(ms / self.ms(cost, num_bytes, num_rows)))
+            base_ms = self.ms(cost, num_bytes, num_rows)
+            self.learn(cost, num_bytes, num_rows, base_ms, math.log(ms / base_ms))
 
     def copy(self) -> "Linear":
         made = Linear()
@@ -60,9 +61,8 @@ class Linear:
         ms = fixed + per_byte * num_bytes + per_ms * cost_ms + per_row * num_rows
         return ms if MIN_MS <= ms <= MAX_MS else (MIN_MS if ms < MIN_MS else MAX_MS)
 
-    def learn(self, cost_ms: float, num_bytes: float, num_rows: int, residual: float) -> None:
-        """One step towards log(measured / predicted) = residual; f, P and theta as in any textbook."""
-        base_ms = self.ms(cost_ms, num_bytes, num_rows)
+    def learn(self, cost_ms: float, num_bytes: float, num_rows: int, base_ms: float, residual: float) -> None:
+        """One step from `base_ms`, what `ms` says, towards exp(residual) times that; f, P and theta as in any textbook."""
         u0, u1, u2, u3 = self._units
         f0, f1, f2, f3 = u0 / base_ms, u1 * num_bytes / base_ms, u2 * cost_ms / base_ms, u3 * num_rows / base_ms
         a, b, c, d, e, f, g, h, i, j = self._covariance
@@ -91,7 +91,7 @@ class Linear:
         self.slopes = (theta[0] * u0, theta[1] * u1, theta[2] * u2, theta[3] * u3)
 
     def dump(self) -> list[list[float]]:
-        return [[short(x) for x in numbers] for numbers in (self._theta, self._units, self._covariance)]
+        return [list(map(short, self._theta)), list(map(short, self._units)), [short(x, 4) for x in self._covariance]]
 
     @classmethod
     def restore(cls, saved: Any) -> "Linear":
@@ -149,6 +149,6 @@ def finite(value: Any) -> float:
     return number
 
 
-def short(value: float) -> float:
-    """Seven digits, for a file."""
-    return float(f"{value:.7g}")
+def short(value: float, digits: int = 7) -> float:
+    """A few digits, for a file."""
+    return float(f"{value:.{digits}g}")

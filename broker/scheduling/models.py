@@ -31,10 +31,10 @@ MAX_CONTEXTS = 128
 MAX_DUMP = 950
 _OFFSET = 7.0
 """log2 of a cost plus this is never negative."""
-_LEVEL_GAIN, _LEVEL_MS = 0.04, 1.0
+_LEVEL_GAIN, _LEVEL_MS = 0.06, 1.0
 """Times under a millisecond say less about the level: what moves them is their own."""
-_CLIP = 2.0
-"""A residual counts up to so many median residuals: 1.35 standard deviations of a normal one (Huber)."""
+_CLIP = 1.5
+"""A residual counts up to so many median residuals: one standard deviation of a normal one (Huber 1964)."""
 _SPREAD_STEP = 1.05
 _MIN_SPREAD, _MAX_SPREAD = 0.01, 1.0
 Features = tuple[bytes, float, float, int]
@@ -87,18 +87,20 @@ class Model:
         if self._cold is not None:
             return self._cold.predict(cost_ms)
         found = self._contexts.get(context)
+        more = self._level
         if found is None:
             curve = self._parent
         else:
             entry = found.times.get(num_rows)
             if entry is not None and entry[0] == cost_ms and entry[2] >= NUM_TRUSTED:
-                return min(max(math.exp(entry[1] + self._level), MIN_MS), MAX_MS)
+                return min(max(math.exp(entry[1] + more), MIN_MS), MAX_MS)
             curve = found.curve
+            more += found.rows.at(math.log2(num_rows))
         if not 0.0 <= num_bytes <= MAX_BYTES:
             num_bytes = tame_bytes(num_bytes)
         fixed, per_byte, per_ms, per_row = self._linear.slopes
         ms = (fixed + per_byte * num_bytes + per_ms * cost_ms + per_row * num_rows) * math.exp(
-            curve.at(math.log2(cost_ms) + _OFFSET) + self._level
+            curve.at(math.log2(cost_ms) + _OFFSET) + more
         )
         return ms if MIN_MS <= ms <= MAX_MS else (MIN_MS if ms < MIN_MS else MAX_MS)
 
@@ -107,11 +109,11 @@ class Model:
         if self._cold is not None:
             return [self._cold.predict(tame_cost(cost)) for cost in costs_ms]
         found = self._contexts.get(context)
-        curve = self._parent if found is None else found.curve
+        curve, more = (self._parent, 0.0) if found is None else (found.curve, found.rows.at(0.0))
         fixed, per_byte, per_ms, per_row = self._linear.slopes
         fixed += per_byte * tame_bytes(num_bytes) + per_row
         lines = [(a, b - a) for a, b in pairwise([curve.values[0], *curve.values, curve.values[-1]])]
-        last, offset, level, log2, exp = len(lines) - 1, 1 - curve.low, self._level, math.log2, math.exp
+        last, offset, more, log2, exp = len(lines) - 1, 1 - curve.low, more + self._level, math.log2, math.exp
         made = list[float]()
         for cost in costs_ms:
             if not MIN_COST_MS <= cost <= MAX_COST_MS:
@@ -120,7 +122,7 @@ class Model:
             index = int(place)
             line = index + offset
             start, rise = lines[line if 0 <= line <= last else (0 if line < 0 else last)]
-            ms = (fixed + per_ms * cost) * exp(start + (place - index) * rise + level)
+            ms = (fixed + per_ms * cost) * exp(start + (place - index) * rise + more)
             made.append(ms if MIN_MS <= ms <= MAX_MS else (MIN_MS if ms < MIN_MS else MAX_MS))
         return made
 
@@ -143,7 +145,7 @@ class Model:
         self.num_samples += 1
         self.q95.learn(predicted_ms, ratio)
         context, cost_ms, num_bytes, num_rows = features
-        gain = max(0.05, 1.0 / self.num_samples)
+        gain = 0.05 if self.num_samples > 20 else 1.0 / self.num_samples
         rows = num_rows if self.is_sum else 1
         self.mean_rows += gain * (num_rows - self.mean_rows)
         self.mean_cost_ms += gain * (cost_ms / rows - self.mean_cost_ms)
@@ -159,17 +161,21 @@ class Model:
         self._correct(features, math.log(measured_ms) - self._level, bound)
         if is_news:  # what is odd about it is the key, not the times that the others take
             return
-        spread = spread * _SPREAD_STEP if abs(ratio) > spread else spread / _SPREAD_STEP
-        self._spread = min(max(spread, _MIN_SPREAD), _MAX_SPREAD)
-        gain = _LEVEL_GAIN * predicted_ms / (predicted_ms + _LEVEL_MS)
-        level = self._level + gain * min(max(ratio, -bound), bound)
-        self._level = min(max(level, -MAX_LOG), MAX_LOG)
+        if not -spread <= ratio <= spread:
+            self._spread = spread * _SPREAD_STEP if spread < _MAX_SPREAD else spread
+        elif spread > _MIN_SPREAD:
+            self._spread = spread / _SPREAD_STEP
+        clipped = ratio if -bound <= ratio <= bound else (bound if ratio > 0.0 else -bound)
+        level = self._level + clipped * _LEVEL_GAIN * predicted_ms / (predicted_ms + _LEVEL_MS)
+        if -MAX_LOG < level < MAX_LOG:
+            self._level = level
 
     def _correct(self, features: Features, log_ms: float, bound: float) -> None:
         """Spread what was missing over the linear part, the batch key's correction, and what new keys begin with."""
         context, cost_ms, num_bytes, num_rows = features
         place = math.log2(cost_ms) + _OFFSET
-        missing = log_ms - math.log(self._linear.ms(cost_ms, num_bytes, num_rows))
+        base_ms = self._linear.ms(cost_ms, num_bytes, num_rows)
+        missing = log_ms - math.log(base_ms)
         inherited = self._parent.at(place)
         found = self._contexts.pop(context, None)
         if found is None:
@@ -177,11 +183,15 @@ class Model:
             if len(self._contexts) >= MAX_CONTEXTS:
                 del self._contexts[next(iter(self._contexts))]
         self._contexts[context] = found  # the one used last is the last to go
-        residual = missing - found.curve.at(place)
-        clipped = min(max(residual, -bound), bound) if self.num_samples > NUM_UNCLIPPED else residual
-        self._linear.learn(cost_ms, num_bytes, num_rows, clipped)
+        rows_place = math.log2(num_rows)
+        residual = missing - found.curve.at(place) - found.rows.at(rows_place)
+        clipped = residual
+        if self.num_samples > NUM_UNCLIPPED and not -bound <= residual <= bound:
+            clipped = bound if residual > 0.0 else -bound
+        self._linear.learn(cost_ms, num_bytes, num_rows, base_ms, clipped)
         self._parent.learn(place, missing - inherited, bound)
         found.curve.learn(place, residual, bound)
+        found.rows.learn(rows_place, residual, bound)
         found.note(num_rows, cost_ms, log_ms, bound)
 
     def _start(self, samples: list[Sample]) -> None:

@@ -15,7 +15,7 @@ from penstock.broker.scheduling.batch import Batch, Filling, Offer, in_order
 from penstock.broker.scheduling.bins import BinPlan, Histogram
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.scheduling.lanes import BatchQueue, Lane
-from penstock.broker.scheduling.prediction import BatchLoad, Predictor
+from penstock.broker.scheduling.prediction import Predictor
 from penstock.broker.scheduling.queues import Queues
 from penstock.broker.scheduling.sizes import BatchSizes
 from penstock.broker.tasks import Piece, Run
@@ -26,6 +26,7 @@ SLOW_MS = 500.0
 JOIN_MARGIN = 1.5
 """Leaving longer tasks out costs a batch more; with less of a margin the 95th percentile suffers."""
 LEARN_EVERY_S = 2.0
+SHORT_MS, NUM_WELL_KNOWN, SHORT_EVERY = 1.0, 200, 8
 
 
 class PullPolicy(Queues):
@@ -53,13 +54,25 @@ class PullPolicy(Queues):
         A piece of which only the first rows are picked stays queued with the rest. What is in `hopeless` afterwards cannot
         finish in time: the caller ends that, and may ask again.
         """
-        for lane in islice(self._leads(offer), MAX_LEADS):
+        only = self._only_lane(offer)
+        for lane in islice(self._leads(offer), MAX_LEADS) if only is None else (only,):
             batch = self._form(lane, offer, now)
             if batch is not None:
                 self._claim(batch, now)
                 return batch
             if offer.is_busy:
                 return None  # it has work; whoever is next in line stays next
+        return None
+
+    def _only_lane(self, offer: Offer) -> Lane | None:
+        """The one lane with work, if there is just one: mostly so with one task under way."""
+        if len(self.accounts.backlogged) == 1:
+            heads = self.accounts.backlogged[0][-1].heads
+            if len(heads) == 1:
+                ((kind, lanes),) = heads.items()
+                if len(lanes) == 1 and kind in offer.kinds:
+                    lane: Lane = lanes[0][-1]
+                    return lane
         return None
 
     def _leads(self, offer: Offer) -> Iterator[Lane]:
@@ -94,10 +107,11 @@ class PullPolicy(Queues):
             return None
         batch.row_ms, batch.is_slow = row_ms, row_ms >= SLOW_MS
         batch.has_company = queue.num_rows >= limit
-        batch.load = BatchLoad(
-            queue.spec.name, queue.context, queue.spec.combine, batch.num_rows, filling.load_ms, filling.load_bytes
-        )
-        batch.predicted_ms, batch.q95_ms = self.predictor.batch_ms(batch.load, offer.worker)
+        batch.load_ms, batch.load_bytes = filling.load_ms, filling.load_bytes
+        if batch.num_rows == 1 and offer.num_workers == 1:
+            batch.predicted_ms = row_ms
+        else:
+            batch.predicted_ms, _ = self.predictor.batch_ms(batch.load(), offer.worker)
         return batch
 
     def _fill(self, filling: Filling, lead: Lane, offer: Offer) -> None:
@@ -156,9 +170,7 @@ class PullPolicy(Queues):
         for account, num_rows, _, ms in batch.charges:
             self.accounts.charge(account, ms, num_rows, self.num_batches)
         taken: dict[Lane, list[Piece]] = {}
-        cells = batch.cells
         for piece, num_rows in batch.picked:
-            cells[piece.cell] = cells.get(piece.cell, 0) + num_rows
             if piece.run.expected_s is not None:
                 batch.queue.learn_lateness(now - piece.run.arrived, piece.run.expected_s)
             if num_rows < piece.stop - piece.start:
@@ -170,27 +182,37 @@ class PullPolicy(Queues):
 
     # --- what came of it -------------------------------------------------------------------------------------------
 
-    def completed(self, batch: Batch, device: str, measured_ms: float, num_runs: int = 1) -> None:
-        """A batch took so long in `num_runs` calls: correct the charges, and learn from it if it went in one."""
+    def completed(self, batch: Batch, device: str, measured_ms: float, num_runs: int = 1) -> bool:
+        """A batch took so long in `num_runs` calls: correct the charges, and learn from it if it went in one.
+
+        Of short batches of a well-known queue one in eight is learned from: the broker's time is worth more than theirs.
+
+        Returns:
+            Whether it was learned from.
+        """
         queue = batch.queue
         for account, num_rows, alone_ms, charged in batch.charges:
             account.num_leased -= num_rows
             part = alone_ms / batch.alone_ms if batch.alone_ms > 0.0 else num_rows / batch.num_rows
             self.accounts.correct(account, measured_ms * part - charged)
-        if queue.mode == "stream" or num_runs != 1 or batch.load is None:
-            return
+        if queue.mode == "stream" or num_runs != 1:
+            return False
+        queue.num_measured += 1
+        if measured_ms < SHORT_MS and queue.num_measured > NUM_WELL_KNOWN and queue.num_measured % SHORT_EVERY:
+            return False
         name = queue.spec.name
-        self.predictor.observe(batch.load, batch.worker, device, measured_ms)
+        self.predictor.observe(batch.load(), batch.worker, device, measured_ms)
         self._learn_share(queue, batch, measured_ms)
         queue.limit = batch.limit
         if queue.is_binned:
             if queue.histogram is None:
                 queue.histogram = Histogram(self._grid.num_cells)
-            for cell, count in batch.cells.items():
+            for cell, count in batch.cells:
                 queue.histogram.add(cell, count)
             if batch.is_full:
                 fixed_ms, row_ms = self.predictor.fixed_and_row_ms(name, batch.worker)
                 self.sizes.completed(batch.worker, name, batch.row_ms, batch.num_rows, True, fixed_ms, row_ms)
+        return True
 
     def expired(self, run: Run, now: float) -> None:
         """Its time is over, and it was expected to be done by then: whoever comes next is told of a longer wait."""
@@ -209,7 +231,6 @@ class PullPolicy(Queues):
 
         Times that were guessed when the rows came say nothing of it.
         """
-        queue.num_measured += 1
         if not batch.is_known:
             return
         fullness = min(batch.num_rows / batch.limit, 1.0) if queue.is_max and not batch.has_company else 1.0

@@ -12,7 +12,7 @@ from sortedcontainers import SortedList
 from penstock.broker.scheduling.accounts import Account, Accounts
 from penstock.broker.scheduling.bins import BinPlan, FixedGrid, Grid, LogGrid
 from penstock.broker.scheduling.config import SchedulingConfig
-from penstock.broker.scheduling.lanes import BatchQueue, Lane
+from penstock.broker.scheduling.lanes import BatchQueue, Lane, Memo
 from penstock.broker.scheduling.prediction import Predictor
 from penstock.broker.spec import Spec
 from penstock.broker.tasks import Piece, Run
@@ -52,11 +52,15 @@ class Queues:
         """Predict how long each row of a run takes alone."""
         assert run.queue is not None
         queue = run.queue
-        name = queue.spec.name
-        guess = self.predictor.estimate(name, queue.context, run.cost_ms, run.num_bytes / run.num_rows)
-        run.alone_ms, run.is_known = guess.mean_ms, self.predictor.is_known(name)
+        row_bytes, memo = run.num_bytes / run.num_rows, queue.memo
+        if memo is not None and memo.num_left and memo.cost_ms == run.cost_ms and memo.row_bytes == row_bytes:
+            memo.num_left -= 1
+        else:
+            guess = self.predictor.estimate(queue.spec.name, queue.context, run.cost_ms, row_bytes)
+            memo = queue.memo = Memo(run.cost_ms, row_bytes, guess, self.predictor.is_known(queue.spec.name))
+        run.alone_ms, run.is_known = memo.guess.mean_ms, memo.is_known
         # The same for all rows of a kernel, so it parts them no better; and as long as it is a guess it will change soon.
-        run.spread = guess.q95 if run.is_known else 1.0
+        run.spread = memo.guess.q95 if memo.is_known else 1.0
 
     def overdue_at(self, run: Run) -> float:
         """Until when a task of its class should be served; the order between classes."""

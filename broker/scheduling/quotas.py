@@ -116,6 +116,8 @@ class Quotas:
         self._default = rules.get("default", ClientRules())
         prefixes = sorted((name for name in rules if name.endswith("*")), key=len, reverse=True)
         self._prefixes = [(name[:-1], self._rules.pop(name)) for name in prefixes]
+        self.has_any = bool(rules)
+        """Whether there is any rule: without one nobody has to ask."""
 
     def rules(self, name: str) -> ClientRules:
         """The rules of a client."""

@@ -74,6 +74,21 @@ def test_times_that_grow_faster_than_the_declared_cost_are_found() -> None:
     assert away(model, cubic, tried) < 0.1
 
 
+def test_many_small_rows_are_told_from_a_few_large_ones_of_the_same_cost() -> None:
+    """Copies that a single row saves: no line through the number of rows shows that."""
+
+    def copied(load: Features) -> float:
+        return load[1] * (1.0 if load[3] == 1 else 1.6)
+
+    rng = random.Random(20)
+    model = Model()
+    many = [(CONTEXT, math.exp(rng.uniform(0.0, 4.0)), 1e5, rng.choice((1, 1, 2, 4, 9))) for _ in range(1500)]
+    feed(model, many, noisy(rng, copied))
+    for rows in (1, 2, 8):
+        tried = [(CONTEXT, 1.5 * 2**i, 1e5, rows) for i in range(5)]
+        assert mean(model.predict(*load) / copied(load) for load in tried) == pytest.approx(1.0, abs=0.08)
+
+
 def test_statics_that_nobody_declared_are_found() -> None:
     """Ten batch keys, whose times differ by a factor of 100."""
 
@@ -166,7 +181,8 @@ def test_the_linear_part_forgets_only_where_it_learns() -> None:
         return cost_ms, num_bytes, num_rows, factor * linear_time((b"", cost_ms, num_bytes, num_rows))
 
     def learn(cost_ms: float, num_bytes: float, num_rows: int, ms: float) -> None:
-        linear.learn(cost_ms, num_bytes, num_rows, math.log(ms / linear.ms(cost_ms, num_bytes, num_rows)))
+        base_ms = linear.ms(cost_ms, num_bytes, num_rows)
+        linear.learn(cost_ms, num_bytes, num_rows, base_ms, math.log(ms / base_ms))
 
     linear = Linear([sample(1.0) for _ in range(20)])
     before = linear._covariance
@@ -347,7 +363,7 @@ def test_whatever_is_learned_predictions_are_positive_and_finite(
 def test_least_squares_never_lose_their_footing(steps: list[tuple[float, float, int, float]]) -> None:
     linear = Linear([(1.0, 100.0, 1, 2.0), (8.0, 500.0, 4, 9.0)])
     for cost_ms, num_bytes, num_rows, residual in steps:
-        linear.learn(cost_ms, num_bytes, num_rows, residual)
+        linear.learn(cost_ms, num_bytes, num_rows, linear.ms(cost_ms, num_bytes, num_rows), residual)
         assert all(0.0 <= slope < math.inf for slope in linear.slopes)
         assert all(math.isfinite(entry) for entry in linear._covariance)
         assert all(linear._covariance[i] > -1e-9 for i in (0, 4, 7, 9)), "a variance is negative"
