@@ -76,7 +76,7 @@ class Dispatch:
     def _give(self, worker: WorkerSession, kinds: Collection[Kind], workers: list[WorkerSession], now: float) -> bool:
         """Form a batch for one worker; whether it got one. One that is busy gets it just in time to hide the way there."""
         state = self._state
-        early_s = 0.001 * (worker.left_ms(now) - state.policy.config.ahead_ms) if worker.batches else 0.0
+        early_s = 0.001 * (worker.soonest_ms(now) - state.policy.config.ahead_ms) if worker.batches else 0.0
         if early_s > CLOCK_S:
             state.policy.wake_by(now + early_s)
             return False

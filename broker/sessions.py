@@ -213,6 +213,11 @@ class WorkerSession:
         """How long the batches that it holds are predicted to go on."""
         return sum(lease.left_ms(now) for lease in self.leases.values() if lease.mode == "batch")
 
+    def soonest_ms(self, now: float) -> float:
+        """When it may be done with them, at the earliest."""
+        slack_ms = sum(le.batch.predicted_ms - le.batch.soonest_ms for le in self.leases.values() if le.mode == "batch")
+        return self.left_ms(now) - slack_ms
+
     def give_up(self, lease: Lease) -> None:
         """A lease has ended. Its batch credit comes back when the worker grants more; a slot is free at once."""
         del self.leases[lease.token]

@@ -66,6 +66,11 @@ class Batch:
         self.first = INF
 
     @property
+    def soonest_ms(self) -> float:
+        """When it may be over already: rows that run side by side may take no longer than one, whatever was predicted."""
+        return min(self.predicted_ms, self.row_ms) if self.queue.is_max else self.predicted_ms
+
+    @property
     def is_full(self) -> bool:
         return self.num_rows >= self.limit
 

@@ -17,6 +17,9 @@ MIN_MS, MAX_MS = 1e-3, 1e9
 _FIRST_VARIANCES = (0.1, 0.3, 1.0, 0.3)
 """Where the samples do not tell cost and the rest apart, the time goes to the cost."""
 
+USUAL_ROWS = 32.0
+"""Tasks that came one by one say little about what a row more costs: their time is not the row's."""
+
 Four = tuple[float, float, float, float]
 Ten = tuple[float, float, float, float, float, float, float, float, float, float]
 Sample = tuple[float, float, int, float]
@@ -44,6 +47,7 @@ class Linear:
         costs, sizes, rows, _ = (_mean(column) for column in zip(*samples, strict=True))
         ratio = math.exp(_mean([math.log(ms / cost) for cost, _, _, ms in samples]))
         # A feature times its unit is the usual time: so that coefficients compare, and a feature that is always 0 stays out.
+        rows = max(rows, USUAL_ROWS)
         a, b, c, d = (mean_ms / mean if mean > 1e-9 else 0.0 for mean in (1.0, sizes, costs, rows))
         self._units, self._theta, self.slopes = (a, b, c, d), (0.0, 0.0, ratio / c, 0.0), (0.0, 0.0, ratio, 0.0)
         for cost, num_bytes, num_rows, ms in [*samples, *samples]:
