@@ -10,13 +10,11 @@ from penstock.broker.journal import Entry, digest_of
 from penstock.broker.protocol import Code, Error, Submit
 from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.overload import Backlog, work_refusal
-from penstock.broker.sessions import ClientSession
+from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.spec import InputError
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import Run
 
-CLEAR = 4.0
-"""With nothing ahead of it and so many times the time that it needs, nothing has to be worked out."""
 MIN_MEASURED = 3
 GUESS_SLACK = 2.0
 """While a kernel is not well known, from so many batches on a wait of so many time limits is too long."""
@@ -82,18 +80,20 @@ class Admission:
 
     def _check_work(self, run: Run, now: float) -> None:
         """Whether the work that is queued ahead, as predicted, leaves a run its time; and whether its class is open."""
-        state, policy, account = self._state, self._state.policy, run.account
-        queue = run.queue
+        state, policy, queue = self._state, self._state.policy, run.queue
         assert queue is not None
-        slack = 1.0 if policy.predictor.is_known(run.kernel) else GUESS_SLACK
-        if slack > 1.0 and queue.num_measured < MIN_MEASURED:
+        workers = [w for w in state.serving() if queue.kind in w.kinds]
+        if not policy.kind_rows.get(queue.kind) and any(not w.leases for w in workers):
+            return  # nothing is ahead of it
+        is_measured = queue.num_measured >= MIN_MEASURED
+        slack = 1.0 if is_measured and policy.predictor.is_known(run.kernel) else GUESS_SLACK
+        if not is_measured or not workers:
             return  # a guess refuses nobody
-        alone_ms = run.spread * (max(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms)
+        ahead = self._ahead(run, workers, now)
+        slowness = min(policy.predictor.slowness(run.kernel, w.name) for w in workers)
+        alone_ms = slowness * run.spread * (max(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms)
         total_ms = sum(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms * run.num_rows
         work_ms, left_ms = total_ms * queue.share, 1000.0 * (run.deadline - now)
-        if not state.ledger.leases and not policy.num_rows and CLEAR * (alone_ms + work_ms) < left_ms:
-            return  # nothing is ahead of it
-        ahead = self._ahead(account, now)
         run.expected_s = ahead.wait_s(max(work_ms - alone_ms, 0.0))
         over = state.codel.refusal(run.priority, ahead.wait_s(), now) or work_refusal(
             ahead, work_ms, alone_ms, 0.001 * slack * left_ms / queue.lateness,
@@ -104,12 +104,17 @@ class Admission:
         if over is not None:
             raise _refusal(over.reason, over.retry_after_s, "time")
 
-    def _ahead(self, account: Account, now: float) -> Backlog:
-        """The work that stands before whatever an account submits now."""
-        policy, workers = self._state.policy, self._state.serving()
-        own_ms = account.alone_ms * policy.work_ms / policy.alone_ms if policy.alone_ms else 0.0
+    def _ahead(self, run: Run, workers: list[WorkerSession], now: float) -> Backlog:
+        """The work that stands before a run on the workers that can take it: not its client's of later classes."""
+        policy, account = self._state.policy, run.account
+        kinds = {kind for worker in workers for kind in worker.kinds}
+        queued_ms = sum(ms for kind, ms in policy.kind_ms.items() if kind in kinds)
+        per_alone = policy.work_ms / policy.alone_ms if policy.alone_ms else 0.0
+        own_ms = per_alone * sum(account.class_ms[: run.priority + 1])
+        if len(policy.accounts.backlogged) == (account.entry is not None):
+            queued_ms = min(queued_ms, own_ms)  # nobody else waits
         leased_ms = sum(lease.left_ms(now) for worker in workers for lease in worker.leases.values())
-        return Backlog(policy.work_ms, own_ms, policy.accounts.share(account), leased_ms, len(workers))
+        return Backlog(queued_ms, min(own_ms, queued_ms), policy.accounts.share(account), leased_ms, len(workers))
 
     def _overloaded(self, reason: str, num_rows: int, now: float, short_of: str) -> Refusal:
         """With the time in which as many rows ended lately."""
@@ -130,8 +135,8 @@ class Admission:
             raise Refusal(Code.RESULT_GONE, "this submission was done; its result is no longer kept")
         return entry
 
-    def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float) -> Run:
-        """Make the run, bound to its kernel unless that is still to come."""
+    def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float, is_shared: bool = False) -> Run:
+        """Make the run, bound to its kernel unless that is still to come; `is_shared`: it waits for another one's outcome."""
         kernel = self._state.kernels.known.get(m.kernel)
         if kernel is None and self._is_settled(now):
             known = ", ".join(sorted(self._state.kernels.known)) or "none: no worker has come yet"
@@ -145,7 +150,8 @@ class Admission:
         if kernel is not None:
             try:
                 self.bind(run)
-                self._check_work(run, now)
+                if not is_shared:
+                    self._check_work(run, now)
             except Refusal:
                 run.release()  # run and pieces know each other, and nobody collects cycles here
                 raise

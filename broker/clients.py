@@ -207,7 +207,7 @@ class Clients:
             if entry is not None and entry.run is None:
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return
-            run = self._admission.open(session, m, num_bytes, now)
+            run = self._admission.open(session, m, num_bytes, now, entry is not None)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1
             self.state.metrics.refused(refusal.error.code, refusal.short_of, num_rows)

@@ -265,7 +265,7 @@ class Core:
             state.ledger.push(piece)
         state.quotas.replace(current.clients)
         for account in state.policy.accounts:
-            account.weight = state.quotas.rules(account.name).weight
+            state.policy.accounts.reweigh(account, state.quotas.rules(account.name).weight)
 
     def report(self, now: float) -> dict[str, Any]:
         """The body of `status`."""

@@ -38,19 +38,20 @@ class Dispatch:
         self._end = end
         self._watch = Watch()
         self._num_unbatchable: dict[str, int] = {}
+        self._has_more = False
         self._spared: set[tuple[str, str]] = set()
         self._failed_last: dict[tuple[str, str], Account] = {}
 
     # --- forming batches -------------------------------------------------------------------------------------------
 
     def run(self, now: float) -> bool:
-        """Give batches to workers with room, the least loaded first; True if the bound per turn was met."""
+        """Give batches to workers with room, the least loaded first; True if there is more to do at once."""
         policy = self._state.policy
-        policy.wake_at = None
+        policy.wake_at, self._has_more = None, False
         num_left = MAX_ASSIGNS_PER_TURN
         while num_left and policy.num_rows and self._assign_one(now):
             num_left -= 1
-        return not num_left
+        return not num_left or self._has_more
 
     def _assign_one(self, now: float) -> bool:
         workers = self._state.serving()
@@ -65,11 +66,14 @@ class Dispatch:
     def _kinds(self, worker: WorkerSession, workers: list[WorkerSession], now: float) -> Collection[Kind]:
         """What a worker may be given now: not what it keeps failing, nor what it is spared while another has room for it."""
         kinds = worker.room()
+        if not any(kind in kinds for kind in self._state.policy.kind_rows):
+            return ()
         breakers = self._state.breakers
         if kinds and not breakers.is_all_closed:
             kinds = [k for k in kinds if breakers.may_run(worker.name, k[0], now)]
         if kinds and self._spared:
-            others = {k for other in workers if other is not worker and not other.leases for k in other.room()}
+            idle = [other for other in workers if other is not worker and not other.leases]
+            others = {k for other in idle for k in other.room() if breakers.may_run(other.name, k[0], now)}
             kinds = [k for k in kinds if (worker.name, k[0]) not in self._spared or k not in others]
         return kinds
 
@@ -84,10 +88,9 @@ class Dispatch:
         num_slow = sum(w.is_slow_now for w in workers if w is not worker) if len(workers) > 1 else 0
         offer = Offer(kinds, max_bytes, not worker.leases, worker.name, worker.batches > 0, len(workers), num_slow)
         batch = state.policy.take(offer, now)
-        while state.policy.hopeless:
+        if state.policy.hopeless:
             self._give_up_hopeless(now)
-            if batch is None and state.policy.num_rows:
-                batch = state.policy.take(offer, now)
+            self._has_more = self._has_more or batch is None  # what stood behind them gets its turn at once
         if batch is None:
             return False
         for piece, _ in batch.picked:
@@ -120,8 +123,9 @@ class Dispatch:
         num_runs = int(timings.get("num_runs", 1))
         was_learned = state.policy.completed(batch, worker.device, measured_ms, num_runs)
         state.metrics.batch_completed(kernel, timings, batch.num_rows, batch.limit, batch.predicted_ms, measured_ms)
-        for account, num_rows, *_ in batch.charges:
-            spent_ms = measured_ms * num_rows / batch.num_rows
+        for account, num_rows, alone_ms, _ in batch.charges:
+            part = alone_ms / batch.alone_ms if batch.alone_ms > 0.0 else num_rows / batch.num_rows
+            spent_ms = measured_ms * part
             state.metrics.device_time(account.name, spent_ms)
             if state.quotas.has_any:
                 state.quotas.spend((account.principal, account.name), spent_ms, now)
@@ -135,7 +139,10 @@ class Dispatch:
         elif batch.num_rows > 1:
             self._num_unbatchable.pop(kernel, None)
         has_failed = lease.num_failed >= lease.num_rows and not self._is_one_clients_fault(lease)
-        self._log(state.breakers.finished(worker.name, kernel, has_failed, now, lease.assigned_at))
+        if lease.is_cancelled:
+            state.breakers.abandoned(worker.name, kernel, lease.assigned_at)
+        else:
+            self._log(state.breakers.finished(worker.name, kernel, has_failed, now, lease.assigned_at))
         if was_learned or (lease.num_failed and lease.mode == "batch"):
             predicted_ms = batch.predicted_ms if state.policy.predictor.is_known(kernel) else None
             self._watch.completed(

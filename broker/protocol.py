@@ -102,14 +102,19 @@ _DETAIL = text(MAX_DETAIL)
 ERROR = Kind(_parse_error, _write_error)
 
 
+def _is_measure(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= MAX_MEASURE
+
+
 def _parse_timings(value: Any, reader: Reader) -> Mapping[str, Any]:
     timings = MAP.parse(value, reader)
-    if len(timings) > MAX_TIMINGS or not all(len(k) <= 32 and type(v) in (int, float) for k, v in timings.items()):
+    if len(timings) > MAX_TIMINGS or not all(len(k) <= 32 and _is_measure(v) for k, v in timings.items()):
         raise ProtocolError(f"timings are at most {MAX_TIMINGS} numbers with short names")
     return cast(Mapping[str, Any], timings)
 
 
 MAX_TIMINGS: Final = 16
+MAX_MEASURE: Final = 1e12
 TIMINGS = Kind(_parse_timings)
 
 

@@ -57,10 +57,11 @@ def rows_before(state: BrokerState, piece: Piece) -> int:
     for heads in account.heads.values():
         own += sum(head[-1].num_rows for head in heads if head[-1] is not lane and head[0] < piece.run.overdue_at)
     others = 0.0
-    for *_, other in state.policy.accounts.backlogged:
+    backlogged = state.policy.accounts.backlogged
+    for *_, other in islice(backlogged, MAX_COUNTED):
         if other is not account:
             others += min(other.num_rows, (own + 1) * other.weight / account.weight)
-    return own + round(others)
+    return own + round(others * max(len(backlogged) / MAX_COUNTED, 1.0))
 
 
 def _reason(state: BrokerState, piece: Piece, position: int, serving: list[WorkerSession], free_ms: float, now: float) -> str:

@@ -121,6 +121,7 @@ class Workers:
             self.state.counters["leases_lost_on_the_way"] += 1
             may_have_run = not lease.queue.spec.is_idempotent  # its answer may be what was lost
             self._recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=may_have_run)
+        worker.turn_to_next(now)
         worker.assigned_batches, worker.assigned_bytes = worker.batches, 0
         worker.credit_batches, worker.credit_bytes = m.credit
         worker.facts, worker.resident = m.device, {k: str(v) for k, v in m.resident.items()}
@@ -246,6 +247,7 @@ class Workers:
             return
         for piece in pieces:
             piece.deaths += 1
+            piece.run.expected_s = None
             if piece.deaths < self.state.config.max_attempts:
                 self.state.ledger.requeue(piece)
             else:
@@ -304,6 +306,7 @@ class Workers:
                 return
         for piece in pieces:
             self.state.counters["redelivered"] += piece.num_rows
+            piece.run.expected_s = None  # nobody foresaw this
             if is_suspect:
                 piece.is_isolated = True
             if is_suspect and piece.num_rows == num_rows > 1:

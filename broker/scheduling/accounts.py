@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedList
 
+from penstock.broker.protocol import NUM_PRIORITIES
+
 if TYPE_CHECKING:
     from penstock.broker.scheduling.lanes import Entry, Kind, Lane
 
@@ -26,8 +28,8 @@ class Account:
     """
 
     __slots__ = (
-        "alone_ms", "charged_ms", "counter", "entry", "heads", "index", "last_batch", "name", "num_batches", "num_leased",
-        "num_open", "num_rows", "num_sessions", "open_bytes", "principal", "weight",
+        "alone_ms", "charged_ms", "class_ms", "counter", "entry", "heads", "index", "last_batch", "name",
+        "num_batches", "num_leased", "num_open", "num_rows", "num_sessions", "open_bytes", "principal", "weight",
     )  # fmt: skip
 
     def __init__(self, principal: str, name: str, weight: float, index: int) -> None:
@@ -38,6 +40,7 @@ class Account:
         self.counter = self.alone_ms = self.charged_ms = 0.0
         self.num_rows = self.num_leased = self.num_batches = self.last_batch = self.num_sessions = 0
         self.num_open = self.open_bytes = 0
+        self.class_ms = [0.0] * NUM_PRIORITIES
         self.heads: dict[Kind, SortedList[Head]] = {}
         self.entry: tuple[float, int, int, Account] | None = None
 
@@ -83,7 +86,7 @@ class Accounts:
         self._known: dict[tuple[str, str], Account] = {}
         self._max_known = MAX_IDLE_ACCOUNTS
         self._num_made = 0
-        self._clock = 0.0
+        self._clock = self._weight_waiting = 0.0
 
     def get(self, principal: str, name: str, weight: float = 1.0) -> Account:
         """The account of a client, made on first use; its weight is the one given last."""
@@ -94,7 +97,7 @@ class Accounts:
                 self._max_known = max(MAX_IDLE_ACCOUNTS, 2 * len(self._known))
             self._num_made += 1
             account = self._known[principal, name] = Account(principal, name, weight, self._num_made)
-        account.weight = weight
+        self.reweigh(account, weight)
         return account
 
     def __iter__(self) -> Iterator[Account]:
@@ -102,19 +105,27 @@ class Accounts:
 
     def share(self, account: Account) -> float:
         """Of the devices, while everybody who waits now goes on waiting."""
-        total: float = sum(entry[-1].weight for entry in self.backlogged)
-        return account.weight / (total if account.entry is not None else total + account.weight)
+        total = self._weight_waiting if account.entry is not None else self._weight_waiting + account.weight
+        return min(account.weight / total, 1.0)
+
+    def reweigh(self, account: Account, weight: float) -> None:
+        """Its share is another one from now on."""
+        if account.entry is not None:
+            self._weight_waiting += weight - account.weight
+        account.weight = weight
 
     def join(self, account: Account) -> None:
         """It has work again. What it did not use meanwhile is no credit: it starts level with those who wait."""
         least = self.backlogged[0][0] if self.backlogged else self._clock
         account.counter = max(account.counter, least)
+        self._weight_waiting += account.weight
         self._enter(account)
 
     def leave(self, account: Account) -> None:
         """Nothing of it waits any more."""
         self.backlogged.remove(account.entry)
         account.entry = None
+        self._weight_waiting = self._weight_waiting - account.weight if self.backlogged else 0.0
 
     def charge(self, account: Account, ms: float, num_rows: int, num_batches: int) -> None:
         """A batch takes so many of its queued rows, predicted to take so long."""

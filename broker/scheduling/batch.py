@@ -8,6 +8,7 @@ from heapq import heappop, heappush, heapreplace
 
 from penstock.broker.protocol import NUM_PRIORITIES
 from penstock.broker.scheduling.accounts import Account
+from penstock.broker.scheduling.bins import Grid
 from penstock.broker.scheduling.lanes import BatchQueue, Entry, Kind, Lane
 from penstock.broker.scheduling.prediction import BatchLoad
 from penstock.broker.spec import Cost
@@ -16,7 +17,7 @@ from penstock.broker.wire import record
 
 Opened = tuple[int, Entry, Iterator[Entry]]
 UNBOUNDED = 1 << 62
-MAX_ASIDE = 256
+MAX_ASIDE = 64
 """Pieces that are looked at and left aside for one batch."""
 INF = float("inf")
 
@@ -45,8 +46,8 @@ class Batch:
     """
 
     __slots__ = (
-        "alone_ms", "cells", "charges", "first", "has_company", "is_known", "is_slow", "label", "limit", "load_bytes",
-        "load_ms", "num_rows", "picked", "predicted_ms", "queue", "row_ms", "worker",
+        "alone_ms", "cells", "charges", "first", "grid", "has_company", "is_known", "is_slow", "label", "limit",
+        "load_bytes", "load_ms", "num_rows", "picked", "predicted_ms", "queue", "row_ms", "worker",
     )  # fmt: skip
 
     def __init__(self, queue: BatchQueue, worker: str, limit: int) -> None:
@@ -63,6 +64,7 @@ class Batch:
         self.is_slow = False
         self.is_known = True
         self.has_company = True
+        self.grid: Grid | None = None
         self.first = INF
 
     @property
@@ -88,17 +90,18 @@ class Filling:
     """
 
     __slots__ = (
-        "batch", "bytes_left", "cost_ms", "deadline", "hopeless", "is_cost_bounded", "is_idle", "load_bytes", "load_ms",
-        "longest_ms", "now", "num_aside", "queue",
+        "batch", "bytes_left", "cost_ms", "deadline", "hopeless", "is_cost_bounded", "is_idle", "load_bytes",
+        "load_ms", "longest_ms", "now", "num_aside", "queue", "slowness",
     )  # fmt: skip
 
-    def __init__(self, batch: Batch, offer: Offer, now: float | None) -> None:
+    def __init__(self, batch: Batch, offer: Offer, now: float | None, slowness: float = 1.0) -> None:
         self.batch = batch
         self.queue = batch.queue
         self.is_idle = offer.is_idle
         self.is_cost_bounded = batch.queue.max_batch_cost_ms < INF
         self.bytes_left = offer.max_bytes if batch.queue.mode == "batch" else UNBOUNDED  # slots use no credit
         self.now = now
+        self.slowness = slowness
         self.deadline = INF
         self.num_aside = 0
         self.longest_ms = self.cost_ms = self.load_ms = self.load_bytes = 0.0
@@ -123,7 +126,7 @@ class Filling:
         if piece.is_isolated and (picked or not self.is_idle):
             return False  # a suspect gets a worker to itself: only then does the worker's end tell whose fault it was
         rows = piece.stop - piece.start
-        if self.now is not None and not self._is_in_time(piece, rows, self.now):
+        if self.now is not None and run.is_known and not self._is_in_time(piece, rows, self.now):
             return self.num_aside < MAX_ASIDE
         num_rows = min(batch.limit - batch.num_rows, rows)
         if self.bytes_left < run.num_bytes or self.is_cost_bounded:
@@ -146,7 +149,7 @@ class Filling:
 
     def _is_in_time(self, piece: Piece, rows: int, now: float) -> bool:
         """Whether a piece can finish within its time limit, and lets the others do so; if not, it is left aside."""
-        run, alone_ms = piece.run, piece.alone_ms / rows
+        run, alone_ms = piece.run, self.slowness * piece.alone_ms / rows
         longest_ms, deadline = max(self.longest_ms, run.spread * alone_ms), min(self.deadline, run.deadline)
         if run.deadline < now + 0.001 * alone_ms:
             self.hopeless.append(piece)

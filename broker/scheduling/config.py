@@ -52,8 +52,8 @@ class SchedulingConfig:
             raise ValueError(f"boundaries_ms must ascend from above 0, not {list(self.boundaries_ms)}")
         if len(self.wait_budget_s) not in (0, 1, NUM_PRIORITIES) or not all(b > 0 for b in self.wait_budget_s):
             raise ValueError(f"wait_budget_s has one value or {NUM_PRIORITIES}, all above 0; not {list(self.wait_budget_s)}")
-        if len(self.first_batch_sizes) != 3 or not all(s >= 1 for s in self.first_batch_sizes):
-            raise ValueError("first_batch_sizes are three numbers of 1 or more")
+        if len(self.first_batch_sizes) != 3 or not all(1 <= s <= 4096 for s in self.first_batch_sizes):
+            raise ValueError("first_batch_sizes are three numbers from 1 to 4096")
         if self.memory_high > 1.0:
             raise ValueError(f"memory_high is a share of the memory, at most 1, not {self.memory_high}")
 

@@ -22,6 +22,7 @@ from penstock.broker.tasks import Piece, Run
 
 MAX_LEADS = 8
 """Lanes that are tried for one pull before the worker stays idle."""
+MAX_PUT_OFF = 64
 SLOW_MS = 500.0
 JOIN_MARGIN = 1.5
 """Leaving longer tasks out costs a batch more; with less of a margin the 95th percentile suffers."""
@@ -60,7 +61,7 @@ class PullPolicy(Queues):
             if batch is not None:
                 self._claim(batch, now)
                 return batch
-            if offer.is_busy:
+            if offer.is_busy or (lane.pieces[0][-1].is_isolated and not offer.is_idle):
                 return None  # it has work; whoever is next in line stays next
         return None
 
@@ -81,6 +82,8 @@ class PullPolicy(Queues):
         avoids_slow = offer.num_workers > 1 and offer.num_slow >= offer.num_workers - 1
         put_off = list[Lane]()
         for *_, account in backlogged:
+            if len(put_off) >= MAX_PUT_OFF:
+                break
             if account.num_batches % self.config.floor_every == self.config.floor_every - 1:
                 lowest = account.lowest(kinds)
                 if lowest is not None:
@@ -89,7 +92,10 @@ class PullPolicy(Queues):
                 if avoids_slow and _row_ms(lane) >= SLOW_MS:
                     put_off.append(lane)  # one worker is kept from slow work while there is other work
                     continue
-                yield account.earliest(lane, kinds) if not avoids_slow else lane
+                first = account.earliest(lane, kinds) if not avoids_slow else lane
+                yield first
+                if self.config.max_wait_ms:  # it may have been held: another lane may have a full batch
+                    yield from (other for other in islice(account.lanes(kinds), MAX_LEADS) if other is not first)
                 break
         yield from put_off
 
@@ -99,8 +105,10 @@ class PullPolicy(Queues):
         row_ms = _row_ms(lead)
         limit = self.sizes.limit(offer.worker, queue.spec.name, row_ms, queue.max_batch_size, now)
         batch = Batch(queue, offer.worker, limit)
+        batch.grid = self._grid
         known = self.config.drops_hopeless and self.predictor.is_known(queue.spec.name)
-        filling = Filling(batch, offer, now if known else None)
+        slowness = self.predictor.slowness(queue.spec.name, offer.worker) if known else 1.0
+        filling = Filling(batch, offer, now if known else None, slowness)
         self._fill(filling, lead, offer)
         self.hopeless += filling.hopeless
         if not batch.picked or (not batch.is_full and self._is_held(batch, offer, now)):
@@ -204,7 +212,7 @@ class PullPolicy(Queues):
         self.predictor.observe(batch.load(), batch.worker, device, measured_ms)
         self._learn_share(queue, batch, measured_ms)
         queue.limit = batch.limit
-        if queue.is_binned:
+        if queue.is_binned and batch.grid is self._grid:
             if queue.histogram is None:
                 queue.histogram = Histogram(self._grid.num_cells)
             for cell, count in batch.cells:
@@ -237,6 +245,8 @@ class PullPolicy(Queues):
         before = queue.work_ms
         queue.learn_share(measured_ms * fullness, batch.alone_ms)
         self.work_ms += queue.work_ms - before
+        if queue.num_rows:
+            self.kind_ms[queue.kind] += queue.work_ms - before
 
     def maintain(self, now: float) -> list[tuple[str, str]]:
         """Learn the boundaries of at most one queue, the one that waits longest for it; (kernel, what changed)."""

@@ -12,7 +12,7 @@ from sortedcontainers import SortedList
 from penstock.broker.scheduling.accounts import Account, Accounts
 from penstock.broker.scheduling.bins import BinPlan, FixedGrid, Grid, LogGrid
 from penstock.broker.scheduling.config import SchedulingConfig
-from penstock.broker.scheduling.lanes import BatchQueue, Lane, Memo
+from penstock.broker.scheduling.lanes import BatchQueue, Kind, Lane, Memo
 from penstock.broker.scheduling.prediction import Predictor
 from penstock.broker.spec import Spec
 from penstock.broker.tasks import Piece, Run
@@ -30,6 +30,9 @@ class Queues:
         self.accounts = Accounts()
         self.num_rows = 0
         self.work_ms = self.alone_ms = 0.0
+        self.kind_rows: dict[Kind, int] = {}
+        """Queued rows of each kind that has any, and their predicted device time."""
+        self.kind_ms: dict[Kind, float] = {}
         self._grid: Grid = grid_of(config)
         self._first_plan = BinPlan(self._grid, config.max_bins)
         self._budgets_s = config.class_budgets_s()
@@ -83,6 +86,8 @@ class Queues:
         run = piece.run
         assert run.queue is not None and piece.entry is None
         queue = run.queue = self._queues.setdefault(run.queue.key, run.queue)
+        if queue.plan.grid is not self._grid:  # it was empty, and not kept, when the grid changed
+            queue.plan, queue.histogram = self._first_plan, None
         alone_ms = run.alone_ms
         if isinstance(alone_ms, list):
             rows = alone_ms[piece.start : piece.stop]
@@ -132,16 +137,27 @@ class Queues:
         lane.num_rows += num_rows
         self.num_rows += num_rows
         queue.count(lane.cell, num_rows, alone_ms)
+        self._count_kind(queue.kind, num_rows, alone_ms * queue.share)
         if self.num_rows:
             self.alone_ms += alone_ms
             self.work_ms += alone_ms * queue.share
             account.alone_ms = account.alone_ms + alone_ms if after else 0.0
         else:  # what is left is rounding
             self.alone_ms = self.work_ms = account.alone_ms = 0.0
+        account.class_ms[lane.priority] = account.class_ms[lane.priority] + alone_ms if after else 0.0
         if before == 0:
             self.accounts.join(account)
         elif after == 0:
             self.accounts.leave(account)
+
+    def _count_kind(self, kind: Kind, num_rows: int, work_ms: float) -> None:
+        left = self.kind_rows.get(kind, 0) + num_rows
+        if left:
+            self.kind_rows[kind] = left
+            self.kind_ms[kind] = self.kind_ms.get(kind, 0.0) + work_ms
+        else:
+            self.kind_rows.pop(kind, None)
+            self.kind_ms.pop(kind, None)
 
     def _place(self, lane: Lane) -> None:
         """Keep the account's heads true after the head of a lane has changed."""
@@ -240,7 +256,7 @@ class Queues:
                     per_account[account] = per_account.get(account, 0) + lane.num_rows
             assert queue.cells == cells and queue.num_rows == sum(cells.values())
             total += queue.num_rows
-        assert total == self.num_rows
+        assert total == self.num_rows == sum(self.kind_rows.values())
         assert all(a.num_rows == per_account.get(a, 0) for a in self.accounts)
         assert {entry[-1] for entry in self.accounts.backlogged} == set(per_account)
         assert sum(len(h) for a in self.accounts for h in a.heads.values()) == sum(
