@@ -26,7 +26,7 @@ MOVES = {
 
 FIRST_WINDOW = 2
 MAX_WINDOW = 4
-SLOW_MS = 50.0
+SLOW_MS = 500.0
 AHEAD_MS = 2.0
 SMOOTHING = 0.2
 
@@ -38,8 +38,9 @@ class LinkError(Exception):
 class Credit:
     """How many batches may be on their way or waiting here: more while batches are short.
 
-    One batch ahead hides the way to the broker and back; a few when a batch takes less than that way. Batches of more
-    than 50 ms are not taken ahead at all: another worker may be free sooner. Times are averaged by their logarithms: they
+    One batch ahead hides the way to the broker and back, 1 to 3 ms; a few when a batch takes less than that. The broker
+    forms it only just before it is needed, as far as it can tell: so batches of more than half a second, which gain
+    nothing, are not taken ahead at all; another worker may be free sooner. Times are averaged by their logarithms: they
     differ by decades between bins and kernels, and one batch of a second must not hold up the next ten of a few ms.
     """
 

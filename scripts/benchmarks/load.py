@@ -18,6 +18,8 @@ from penstock.client.aio_task import AsyncTask
 YIELD_EVERY = 16
 """Submissions after which the loop hears what has come back, however late it is."""
 SETTLE_S = 120.0
+LIMIT_S = 600.0
+"""Time limit of tasks that should have none: a benchmark ends, even if its broker has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load import Cpu, Ended, Task, burst, closed_loop, connect, lateness_ms, open_loop, p95_ms
+from load import LIMIT_S, Cpu, Ended, Task, burst, closed_loop, connect, lateness_ms, open_loop, p95_ms
 from stack import HERE, Stack
 
 KERNELS = ("--kernels", str(HERE / "nap_kernels.py"), "--threads", "1")
@@ -59,7 +59,7 @@ def saturation(url: str, has_products: bool, seconds: float) -> dict[str, float]
     """Tasks/s with 512 under way, and of 2,000 at once."""
 
     async def run() -> dict[str, float]:
-        async with connect(url, timeout=None) as ps:
+        async with connect(url, timeout=LIMIT_S) as ps:
             done = await closed_loop(ps, iter(Mix(1, has_products)), IN_FLIGHT, seconds)
             mix = iter(Mix(2, has_products))
             ended = await burst(ps, [next(mix) for _ in range(BURST)])
@@ -70,7 +70,7 @@ def saturation(url: str, has_products: bool, seconds: float) -> dict[str, float]
 
 def latencies(url: str, tasks: Sequence[Task]) -> list[Ended]:
     async def run() -> list[Ended]:
-        async with connect(url, timeout=None) as ps:
+        async with connect(url, timeout=LIMIT_S) as ps:
             return await open_loop(ps, tasks)
 
     return asyncio.run(run())

@@ -12,7 +12,7 @@ SLOWNESS = float(os.environ.get("PENSTOCK_BENCH_SLOWNESS", "1"))
 """Of this worker: how many times as long as it should a nap takes here."""
 
 
-def naps(name: str, max_batch_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def naps(name: str, max_batch_size: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     @kernel(
         name,
         inputs={"seconds": Row(minimum=0.0, maximum=60.0)},
@@ -20,10 +20,11 @@ def naps(name: str, max_batch_size: int) -> Callable[[torch.Tensor], torch.Tenso
         combine="max",
         max_batch_size=max_batch_size,
     )
-    def nap(seconds: torch.Tensor) -> torch.Tensor:
-        """Sleeps for the longest of `seconds`, float64 [batch]; the monotonic time in seconds at its end, [batch]."""
+    def nap(seconds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sleeps for the longest of `seconds`, float64 [batch]; the monotonic times of its beginning and end, [batch]."""
+        began = torch.full_like(seconds, time.monotonic())
         time.sleep(float(seconds.max()) * SLOWNESS)
-        return torch.full_like(seconds, time.monotonic())
+        return {"began": began, "ended": torch.full_like(seconds, time.monotonic())}
 
     return nap
 

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from load import Cpu, Ended, Task, closed_loop, connect, lateness_ms, open_loop, percentile
+from load import LIMIT_S, Cpu, Ended, Task, closed_loop, connect, lateness_ms, open_loop, percentile
 from stack import HERE, Stack
 
 from penstock.client import DeadlineExceeded, Overloaded
@@ -51,7 +51,7 @@ async def offer(url: str, rate: float, seconds: float) -> list[Ended]:
 async def saturate(url: str, seconds: float) -> float:
     """Tasks/s with eight batches under way."""
     tasks = iter(lambda: Task(0.0, KERNEL, {"seconds": BATCH_S}), None)
-    async with connect(url, timeout=None) as ps:
+    async with connect(url, timeout=LIMIT_S) as ps:
         await closed_loop(ps, tasks, 8 * BATCH, 1.0)
         return len(await closed_loop(ps, tasks, 8 * BATCH, seconds)) / seconds
 

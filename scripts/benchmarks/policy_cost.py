@@ -75,8 +75,7 @@ class Deck:
             num_rows -= batch.num_rows
 
     def complete(self, batch: Batch) -> None:
-        assert batch.load is not None
-        self.policy.completed(batch, "cpu", 1.02 * batch.load.cost_ms + 0.1)
+        self.policy.completed(batch, "cpu", 1.02 * batch.load_ms + 0.1)
 
 
 def equal(draw: random.Random) -> float:

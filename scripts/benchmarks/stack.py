@@ -53,7 +53,11 @@ class Stack:
         for i, env in enumerate(self._worker_env):
             args = ("--broker", self.url, "--name", f"cpu-{i}", "--device", "cpu", "--log-level", "warning", *self._worker_args)
             self.workers.append(self._start(env, "penstock.worker", *args))
-        self._wait_ready(60.0)
+        try:
+            self._wait_ready(60.0)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def _start(self, env: Mapping[str, str], module: str, *args: str) -> subprocess.Popen[bytes]:
@@ -68,6 +72,10 @@ class Stack:
                 time.sleep(0.1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all of them."""
         for p in [*self.workers, *([self.broker] if self.broker else [])]:
             p.terminate()
             try:

@@ -8,12 +8,13 @@ import torch
 from penstock.kernels import Cost, Row, Tensor, kernel
 
 
-def naps(name: str, max_batch_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def naps(name: str, max_batch_size: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     @kernel(name, inputs={"seconds": Row(minimum=0.0)}, cost=Cost(per={"seconds": 1000.0}), max_batch_size=max_batch_size)
-    def nap(seconds: torch.Tensor) -> torch.Tensor:
-        """Sleeps for the longest of `seconds`, float64 [batch]; the monotonic time in seconds at its end, [batch]."""
+    def nap(seconds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Sleeps for the longest of `seconds`, float64 [batch]; the monotonic times of its beginning and end, [batch]."""
+        began = torch.full_like(seconds, time.monotonic())
         time.sleep(float(seconds.max()))
-        return torch.full_like(seconds, time.monotonic())
+        return {"began": began, "ended": torch.full_like(seconds, time.monotonic())}
 
     return nap
 

@@ -55,7 +55,7 @@ def test_credit_follows_the_answers() -> None:
     assert not link.held
 
 
-@pytest.mark.parametrize(("took_ms", "window"), [(0.1, 4), (0.9, 4), (1.5, 3), (10.0, 2), (49.0, 2), (51.0, 1)])
+@pytest.mark.parametrize(("took_ms", "window"), [(0.1, 4), (0.9, 4), (1.5, 3), (10.0, 2), (499.0, 2), (501.0, 1)])
 def test_the_window_follows_the_time_of_a_batch(took_ms: float, window: int) -> None:
     credit = Credit(MB)
     assert credit.window == 2
@@ -65,18 +65,18 @@ def test_the_window_follows_the_time_of_a_batch(took_ms: float, window: int) -> 
 
 def test_one_slow_batch_among_fast_ones_changes_little() -> None:
     credit = Credit(MB)
-    for took_ms in [5.0, 1000.0, 5.0, 20.0]:
+    for took_ms in [5.0, 10_000.0, 5.0, 20.0]:
         credit.measure(took_ms)
         assert credit.window == 2
     for _ in range(8):
-        credit.measure(200.0)
+        credit.measure(2000.0)
     assert credit.window == 1
 
 
 def test_credit_never_shrinks() -> None:
     credit = Credit(MB)
     totals = []
-    for took_ms in [0.1, 0.1, *[200.0] * 9]:
+    for took_ms in [0.1, 0.1, *[2000.0] * 9]:
         credit.measure(took_ms)
         totals.append(credit.total(1)[0])
         credit.answered(0)
