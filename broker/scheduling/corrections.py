@@ -19,10 +19,11 @@ MAX_LOG = 30.0
 MAX_KNOTS = 64
 NUM_NEW = 6.0
 """Samples of a knot before residuals are clipped."""
-NUM_YOUNG = 6
-FALL, RISE = 0.7, 0.1
-"""Weight of a time, among the first few of a batch, that is far below what was measured before, or far above: first
-calls take longer than they should, never shorter."""
+NUM_MEDIAN = 7
+"""Times of a batch of which the median is taken, before a moving mean goes on from there: first calls take long."""
+FAR, NUM_SHORTER, NUM_LONGER = 2.0, 3.0, 4.0
+"""So many times in a row that are so many bounds too short, or too long: the batch is not what it was, and they begin anew.
+Neighbours add time, so that longer ones have to be more."""
 NUM_TRUSTED = 3
 """Times after which a batch's own are believed."""
 MAX_TIMES = 32
@@ -188,8 +189,9 @@ class Correction:
     Attributes:
         curve: a factor over the cost.
         rows: another one over the log2 of the number of rows: many small ones are not the same as a few large ones.
-        times: number of rows -> [cost, log ms, samples]. Rows of one shape make batches that are equal where their number
-            is, and what these take has steps and cliffs that no smooth curve follows.
+        times: number of rows -> [cost, log ms, samples, how often in a row too long or, below 0, too short, the first of
+            them]. Rows of one shape make batches that are equal where their number is, and what these take has steps and
+            cliffs that no smooth curve follows.
     """
 
     __slots__ = ("curve", "rows", "times")
@@ -206,27 +208,34 @@ class Correction:
         return made
 
     def note(self, num_rows: int, cost_ms: float, log_ms: float, bound: float) -> None:
-        """Take in a time; past the first few, as if it were no further from the one known than `bound`."""
+        """Take in a time: by the median of the first ones, then as if it were no further from the mean than `bound`."""
         entry = self.times.get(num_rows)
         if entry is None or entry[0] != cost_ms:  # of another cost: another batch
             if entry is None and len(self.times) >= MAX_TIMES:
                 del self.times[next(iter(self.times))]
-            self.times[num_rows] = [cost_ms, log_ms, 1.0]
+            self.times[num_rows] = [cost_ms, log_ms, 1.0, 0.0, log_ms]
             return
         entry[2] = count = entry[2] + 1.0
-        away, gain = log_ms - entry[1], 1.0 / count
-        if count > NUM_YOUNG:
-            away, gain = min(max(away, -bound), bound), (gain if gain > GAIN else GAIN)
-        elif away < -bound:
-            gain = max(gain, FALL)
-        elif away > bound:
-            gain = min(gain, RISE)
-        entry[1] += gain * away
+        if count <= NUM_MEDIAN:
+            entry.append(log_ms)
+            first = sorted(entry[4:])
+            entry[1] = first[(len(first) - 1) // 2]
+            return
+        away = log_ms - entry[1]
+        if -FAR * bound <= away <= FAR * bound:
+            run = 0.0
+        else:
+            run = min(entry[3], 0.0) - 1.0 if away < 0.0 else max(entry[3], 0.0) + 1.0
+            if not -NUM_SHORTER < run < NUM_LONGER:
+                entry[1:] = log_ms, 1.0, 0.0, log_ms
+                return
+        entry[3:] = (run,)
+        entry[1] += GAIN * (away if -bound <= away <= bound else (bound if away > 0.0 else -bound))
 
     def dump(self) -> list[Any]:
         """The curves, and the times that were measured most often."""
         often = sorted(self.times.items(), key=lambda item: -item[1][2])[:MAX_TIMES_SAVED]
-        times = [[num_rows, cost_ms, round(log_ms, 4), min(int(count), 99)] for num_rows, (cost_ms, log_ms, count) in often]
+        times = [[num_rows, cost_ms, round(log_ms, 4), min(int(count), 99)] for num_rows, (cost_ms, log_ms, count, *_) in often]
         return [self.curve.dump(), self.rows.dump(), [t for t in times if t[-1] >= NUM_TRUSTED]]
 
     @classmethod
@@ -236,7 +245,8 @@ class Correction:
         made = cls(Curve.restore(curve))
         made.rows = Curve.restore(rows, ROWS_PRIOR)
         for num_rows, cost_ms, log_ms, count in times[:MAX_TIMES]:
-            made.times[int(num_rows)] = [finite(cost_ms), _bounded(finite(log_ms)), abs(finite(count))]
+            entry = [finite(cost_ms), _bounded(finite(log_ms)), max(finite(count), float(NUM_MEDIAN)), 0.0]
+            made.times[int(num_rows)] = entry
         return made
 
 

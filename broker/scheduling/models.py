@@ -31,8 +31,9 @@ MAX_CONTEXTS = 128
 MAX_DUMP = 950
 _OFFSET = 7.0
 """log2 of a cost plus this is never negative."""
-_LEVEL_GAIN, _LEVEL_MS = 0.06, 1.0
-"""Times under a millisecond say less about the level: what moves them is their own."""
+_LEVEL_GAIN, _LEVEL_FADE, _LEVEL_MS = 0.08, 0.99, 1.0
+"""The level fades, so that what lasts moves to the other parts. Times under a millisecond say less about it: what moves
+them is their own."""
 _CLIP = 1.5
 """A residual counts up to so many median residuals: one standard deviation of a normal one (Huber 1964)."""
 _SPREAD_STEP = 1.05
@@ -166,7 +167,7 @@ class Model:
         elif spread > _MIN_SPREAD:
             self._spread = spread / _SPREAD_STEP
         clipped = ratio if -bound <= ratio <= bound else (bound if ratio > 0.0 else -bound)
-        level = self._level + clipped * _LEVEL_GAIN * predicted_ms / (predicted_ms + _LEVEL_MS)
+        level = _LEVEL_FADE * self._level + clipped * _LEVEL_GAIN * predicted_ms / (predicted_ms + _LEVEL_MS)
         if -MAX_LOG < level < MAX_LOG:
             self._level = level
 

@@ -11,13 +11,13 @@ import random
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Protocol
 
 import torch
-from prediction_inputs import KERNELS, Bench, Input
+from prediction_inputs import KERNELS, RAGGED, Bench, Input
 from rich.progress import Progress
 
 from penstock.broker.scheduling.boundaries import optimal_boundaries
@@ -116,9 +116,15 @@ def record(num_inputs: int, num_rounds: int, seed: int) -> Recording:
 
 
 def replay(recording: Recording, guesser: Guesser) -> Iterator[Trial]:
-    """Predict, then learn, in the order in which the batches ran."""
+    """Predict, then learn, in the order in which the batches ran.
+
+    Batches of unequal rows come again only here: their costs are told a little differently each time, so that nobody
+    knows them by that.
+    """
     for number, at, ms in recording.runs:
         load = recording.inputs[number].load
+        if load.kernel in RAGGED:
+            load = replace(load, cost_ms=load.cost_ms * (1.0 + 1e-6 * at))
         yield Trial(number, at, *guesser.guess(load), ms)
         guesser.learn(load, ms)
 
@@ -128,12 +134,13 @@ def figures(trials: Sequence[Trial], medians: Sequence[float], edges: Sequence[f
     if not trials:
         return {"batches": 0}
     own = [medians[t.number] for t in trials]
-    floor = fmean(abs(t.ms - m) / m for t, m in zip(trials, own, strict=True))
-    error = fmean(abs(t.ms - t.mean_ms) / m for t, m in zip(trials, own, strict=True))
+    floors = [abs(t.ms - m) / m for t, m in zip(trials, own, strict=True)]
+    errors = [abs(t.ms - t.mean_ms) / m for t, m in zip(trials, own, strict=True)]
+    floor, error = fmean(floors), fmean(errors)
     return {
         "batches": len(trials), "median_ms": median(own), "floor": floor, "error": error, "ratio": error / floor,
+        "median_floor": median(floors), "median_error": median(errors),
         "mape": fmean(abs(t.ms - t.mean_ms) / t.ms for t in trials),
-        "away": median([abs(t.mean_ms - m) / m for t, m in zip(trials, own, strict=True)]),
         "coverage": fmean(t.ms <= t.bound_ms for t in trials),
         "faster": fmean(bisect_right(edges, t.bound_ms) < bisect_right(edges, m) for t, m in zip(trials, own, strict=True)),
         "faster_than_it_took": fmean(bisect_right(edges, t.bound_ms) < bisect_right(edges, t.ms) for t in trials),
@@ -143,7 +150,7 @@ def figures(trials: Sequence[Trial], medians: Sequence[float], edges: Sequence[f
     }  # fmt: skip
 
 
-def measure(num_inputs: int = 40, num_rounds: int = 24, seed: int = 1) -> dict[str, Any]:
+def measure(num_inputs: int = 32, num_rounds: int = 24, seed: int = 1) -> dict[str, Any]:
     """Figures per kernel and method, for the cold and the steady part."""
     recording = record(num_inputs, num_rounds, seed)
     guessers: dict[str, Guesser] = {
@@ -165,7 +172,10 @@ def measure(num_inputs: int = 40, num_rounds: int = 24, seed: int = 1) -> dict[s
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    names = ("inputs", "ms", "floor %", "error %", "ratio", "cold", "q95 %", "faster %", "last", "bucket", "max10", "> max10 %")
+    names = (
+        "inputs", "ms", "floor %", "error %", "ratio", "cold", "median",
+        "q95 %", "faster %", "last", "bucket", "max10", "> max10",
+    )  # fmt: skip
     made = [f"{'':>10s}" + "".join(f"{name:>10s}" for name in names)]
     all_ours = list[dict[str, float]]()
     for kernel, row in result["kernels"].items():
@@ -177,9 +187,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         values = [
             f"{steady['long_inputs']}", f"{ours['median_ms']:.1f}", f"{100 * ours['floor']:.1f}", f"{100 * ours['error']:.1f}",
             f"{ours['ratio']:.2f}", f"{cold['ratio']:.2f}" if cold["batches"] else "",
+            f"{ours['median_error'] / ours['median_floor']:.2f}",
             f"{100 * ours['coverage']:.1f}", f"{100 * ours['faster']:.2f}",
             *(f"{steady[name]['ratio']:.2f}" for name in ("last", "bucket", "max10")),
-            f"{100 * (1 - steady['max10']['coverage']):.1f}",
+            f"{100 * (1 - steady['max10']['coverage']):.1f} %",
         ]  # fmt: skip
         made.append(f"{kernel:>10s}" + "".join(f"{value:>10s}" for value in values))
     most, (low, high) = result["goals"]["ratio"], result["goals"]["coverage"]
@@ -192,6 +203,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"torch threads: {result['threads']}.",
         "floor: how far an input's times are from its own median; ratio: the prediction's error over that "
         f"(goal {most}: {num_met} of {len(all_ours)} kernels; mean {ratio:.2f}).",
+        "median: the same of medians: in quiet moments, when noise is small, what the model does not know is the larger part.",
         f"q95: times not above it (goal {100 * low:.0f} to {100 * high:.0f}; mean {coverage:.1f}). "
         f"faster: put into a faster one of {NUM_BINS} learned bins than its median belongs to (goal < 1; mean {faster:.2f}).",
         "last, bucket, max10: ratios of the last value, the mean per octave of cost, the largest of the last ten.",

@@ -28,6 +28,8 @@ from penstock.worker.runner import Clock, Runner
 
 PRINCIPAL = "bench"
 KERNELS = ("softmax", "matmul", "search", "sha256", "transform", "aggregate", "embed")
+RAGGED = frozenset(("sha256", "transform", "aggregate", "embed"))
+"""Their rows differ in size within a batch."""
 POOL_BYTES = 64 << 20
 EXPRESSIONS = (
     ["total = a * b"],
