@@ -22,7 +22,7 @@ MEMO_USES = 8
 SMOOTHING = 0.1
 LATE_FROM_S = 0.02
 """Waits much shorter than this are all the same."""
-MIN_LATENESS, MAX_LATENESS = 1.1, 4.0
+MIN_LATENESS, MAX_LATENESS = 1.2, 4.0
 
 
 class Lane:

@@ -119,8 +119,8 @@ def test_a_submission_that_shares_an_outcome_costs_nothing() -> None:
     block = tensor_rows(b"b" * 16, 1)
     for _ in range(3):
         client.submit(kernel="a")
-    first = client.submit(kernel="a", block=block, key=b"k", timeout_ms=4900.0)
-    again = client.submit(kernel="a", block=block, key=b"k", timeout_ms=4900.0)
+    first = client.submit(kernel="a", block=block, key=b"k", timeout_ms=5500.0)
+    again = client.submit(kernel="a", block=block, key=b"k", timeout_ms=5500.0)
     assert not {first, again} & set(client.refused)
 
 
