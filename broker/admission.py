@@ -91,9 +91,9 @@ class Admission:
             return  # a guess refuses nobody
         ahead = self._ahead(run, workers, now)
         slowness = min(policy.predictor.slowness(run.kernel, w.name) for w in workers)
-        alone_ms = slowness * run.spread * (max(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms)
-        total_ms = sum(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms * run.num_rows
-        work_ms, left_ms = total_ms * queue.share, 1000.0 * (run.deadline - now)
+        total_ms, longest_ms = run.alone(0, run.num_rows)
+        alone_ms, work_ms = slowness * run.spread * longest_ms, total_ms * queue.share
+        left_ms = 1000.0 * (run.deadline - now)
         run.expected_s = ahead.wait_s(max(work_ms - alone_ms, 0.0))
         over = state.codel.refusal(run.priority, ahead.wait_s(), now) or work_refusal(
             ahead, work_ms, alone_ms, 0.001 * slack * left_ms / queue.lateness,

@@ -121,11 +121,10 @@ class Dispatch:
         kernel = batch.queue.spec.name
         measured_ms = timings.get("h2d_ms", 0.0) + timings.get("compute_ms", 0.0) + timings.get("d2h_ms", 0.0)
         num_runs = int(timings.get("num_runs", 1))
-        was_learned = state.policy.completed(batch, worker.device, measured_ms, num_runs)
+        state.policy.completed(batch, worker.device, measured_ms, num_runs)
         state.metrics.batch_completed(kernel, timings, batch.num_rows, batch.limit, batch.predicted_ms, measured_ms)
         for account, num_rows, alone_ms, _ in batch.charges:
-            part = alone_ms / batch.alone_ms if batch.alone_ms > 0.0 else num_rows / batch.num_rows
-            spent_ms = measured_ms * part
+            spent_ms = measured_ms * batch.part(num_rows, alone_ms)
             state.metrics.device_time(account.name, spent_ms)
             if state.quotas.has_any:
                 state.quotas.spend((account.principal, account.name), spent_ms, now)
@@ -138,12 +137,12 @@ class Dispatch:
             self._unbatchable(kernel, lease, now)
         elif batch.num_rows > 1:
             self._num_unbatchable.pop(kernel, None)
-        has_failed = lease.num_failed >= lease.num_rows and not self._is_one_clients_fault(lease)
-        if lease.is_cancelled:
-            state.breakers.abandoned(worker.name, kernel, lease.assigned_at)
+        has_failed = lease.num_failed >= lease.num_rows
+        if lease.is_cancelled or (has_failed and self._is_one_clients_fault(lease)):
+            state.breakers.abandoned(worker.name, kernel, lease.assigned_at)  # no verdict
         else:
             self._log(state.breakers.finished(worker.name, kernel, has_failed, now, lease.assigned_at))
-        if was_learned or (lease.num_failed and lease.mode == "batch"):
+        if lease.mode == "batch":
             predicted_ms = batch.predicted_ms if state.policy.predictor.is_known(kernel) else None
             self._watch.completed(
                 kernel, worker.name, batch.num_rows, measured_ms, predicted_ms, lease.num_failed, now, batch.alone_ms
@@ -199,8 +198,8 @@ class Dispatch:
         if not policy.config.remediates:
             return None
         queued: dict[str, int] = {}
-        for queue in policy.queues():
-            queued[queue.spec.name] = queued.get(queue.spec.name, 0) + queue.num_rows
+        for (kernel, _, _), num_rows in policy.kind_rows.items():
+            queued[kernel] = queued.get(kernel, 0) + num_rows
         remedies = self._watch.decide(now, queued)
         for remedy in remedies:
             self._treat(remedy, now)

@@ -65,7 +65,7 @@ def of_queues(policy: PullPolicy) -> list[dict[str, Any]]:
 
 def of_scheduling(state: BrokerState, now: float) -> dict[str, Any]:
     """Bins, shares, limits, admission and events."""
-    policy = state.policy
+    policy, predictions = state.policy, state.policy.predictor.report()
     closed = [p for p in range(NUM_PRIORITIES) if state.codel.is_closed(p, now)]
     charged = sum(account.charged_ms for account in policy.accounts)
     accounts = [
@@ -76,7 +76,7 @@ def of_scheduling(state: BrokerState, now: float) -> dict[str, Any]:
         for a in islice(policy.accounts, MAX_SHOWN)
     ]  # fmt: skip
     return {
-        "bins": _bins(policy), "accounts": accounts, "predictions": policy.predictor.report()[:MAX_SHOWN],
+        "bins": _bins(policy, predictions), "accounts": accounts, "predictions": predictions[:MAX_SHOWN],
         "limits": policy.sizes.report()[:MAX_SHOWN], "breakers": [_breaker(row, now) for row in state.breakers.report()],
         "events": [_event(row, now) for row in state.events.recent(MAX_EVENTS)],
         "admission": {"queued_s": 0.001 * policy.work_ms, "closed_classes": closed},
@@ -93,7 +93,7 @@ def _breaker(row: dict[str, Any], now: float) -> dict[str, Any]:
     return {**row, "retry_in_s": None if retry_at_s is None else max(retry_at_s - now, 0.0)}
 
 
-def _bins(policy: PullPolicy) -> list[dict[str, Any]]:
+def _bins(policy: PullPolicy, predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per kernel: the plan of its busiest batch key, and what waits in each bin of it."""
     busiest: dict[tuple[str, str], BatchQueue] = {}
     num_keys: dict[tuple[str, str], int] = {}
@@ -102,11 +102,11 @@ def _bins(policy: PullPolicy) -> list[dict[str, Any]]:
         num_keys[name] = num_keys.get(name, 0) + 1
         if queue.is_binned and (name not in busiest or queue.num_rows > busiest[name].num_rows):
             busiest[name] = queue
-    scores = {row["kernel"]: row for row in policy.predictor.report()}
+    scores = {row["kernel"]: row for row in predictions if row["is_reference"]}
     made = []
     for (kernel, mode), queue in sorted(busiest.items())[:MAX_SHOWN]:
         plan = queue.plan
-        edges = [0, *(queue.plan.grid.cell(ms) for ms in plan.edges_ms(plan.num_bins)), plan.grid.num_cells]
+        edges = [0, *(plan.grid.cell(ms) for ms in plan.edges_ms(plan.num_bins)), plan.grid.num_cells]
         occupancy = {plan.label(low, high): 0 for low, high in pairwise(edges)}
         for cell, num_rows in sorted(queue.cells.items()):
             label = plan.label(*plan.range(cell, plan.num_bins))

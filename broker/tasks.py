@@ -104,6 +104,13 @@ class Run:
         self.followers: list[Run] | None = None
         self.pieces: list[Piece] = [Piece(self, 0, num_rows)]
 
+    def alone(self, start: int, stop: int) -> tuple[float, float]:
+        """What rows [start, stop) are predicted to take one by one, in ms: all of them, and the longest."""
+        if isinstance(self.alone_ms, list):
+            rows = self.alone_ms[start:stop]
+            return sum(rows), max(rows)
+        return self.alone_ms * (stop - start), self.alone_ms
+
     def overlapping(self, start: int, stop: int) -> Iterator[Piece]:
         """Pieces with rows in [start, stop), cut to it."""
         for piece in list(self.pieces):

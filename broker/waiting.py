@@ -79,7 +79,7 @@ def _reason(state: BrokerState, piece: Piece, position: int, serving: list[Worke
     if free_ms > 0.0:
         names = ", ".join(w.name for w in serving[:3])
         return f"{ahead}; {names} {'is' if len(serving) == 1 else 'are'} busy for about {duration_text(0.001 * free_ms)} more"
-    if state.policy.wake_at is not None:
+    if state.policy.config.max_wait_ms and state.policy.wake_at is not None:
         return f"{ahead}; an incomplete batch is held for company"
     return ahead
 

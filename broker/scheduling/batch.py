@@ -72,6 +72,10 @@ class Batch:
         """When it may be over already: rows that run side by side may take no longer than one, whatever was predicted."""
         return min(self.predicted_ms, self.row_ms) if self.queue.is_max else self.predicted_ms
 
+    def part(self, num_rows: int, alone_ms: float) -> float:
+        """Which share of its time rows account for that take so long alone."""
+        return alone_ms / self.alone_ms if self.alone_ms > 0.0 else num_rows / self.num_rows
+
     @property
     def is_full(self) -> bool:
         return self.num_rows >= self.limit
@@ -90,8 +94,8 @@ class Filling:
     """
 
     __slots__ = (
-        "batch", "bytes_left", "cost_ms", "deadline", "hopeless", "is_cost_bounded", "is_idle", "load_bytes",
-        "load_ms", "longest_ms", "now", "num_aside", "queue", "slowness",
+        "batch", "bytes_left", "cost_ms", "deadline", "hopeless", "is_cost_bounded", "is_idle", "longest_ms",
+        "now", "num_aside", "queue", "slowness",
     )  # fmt: skip
 
     def __init__(self, batch: Batch, offer: Offer, now: float | None, slowness: float = 1.0) -> None:
@@ -104,7 +108,7 @@ class Filling:
         self.slowness = slowness
         self.deadline = INF
         self.num_aside = 0
-        self.longest_ms = self.cost_ms = self.load_ms = self.load_bytes = 0.0
+        self.longest_ms = self.cost_ms = 0.0
         self.hopeless: list[Piece] = []
 
     def take(self, account: Account, entries: Iterable[Entry]) -> bool:
@@ -163,19 +167,19 @@ class Filling:
 
     def _load(self, run: Run, start: int, num_rows: int) -> None:
         """What the batch is, to the predictor: the largest of its rows, or their sum."""
-        cost, row_bytes, is_max = run.cost_ms, run.num_bytes / run.num_rows, self.queue.is_max
+        batch, cost, row_bytes, is_max = self.batch, run.cost_ms, run.num_bytes / run.num_rows, self.queue.is_max
         if isinstance(cost, list):
             cost = (max if is_max else sum)(cost[start : start + num_rows])
         elif not is_max:
             cost *= num_rows
         if not is_max:
-            self.load_ms += cost
-            self.load_bytes += row_bytes * num_rows
+            batch.load_ms += cost
+            batch.load_bytes += row_bytes * num_rows
             return
-        if cost > self.load_ms:
-            self.load_ms = cost
-        if row_bytes > self.load_bytes:
-            self.load_bytes = row_bytes
+        if cost > batch.load_ms:
+            batch.load_ms = cost
+        if row_bytes > batch.load_bytes:
+            batch.load_bytes = row_bytes
 
     def _rows_within(self, piece: Piece, most: int) -> int:
         """Rows from the front of a piece that the byte and cost budgets allow."""

@@ -115,7 +115,6 @@ class PullPolicy(Queues):
             return None
         batch.row_ms, batch.is_slow = row_ms, row_ms >= SLOW_MS
         batch.has_company = queue.num_rows >= limit
-        batch.load_ms, batch.load_bytes = filling.load_ms, filling.load_bytes
         if batch.num_rows == 1 and offer.num_workers == 1:
             batch.predicted_ms = row_ms
         else:
@@ -190,24 +189,20 @@ class PullPolicy(Queues):
 
     # --- what came of it -------------------------------------------------------------------------------------------
 
-    def completed(self, batch: Batch, device: str, measured_ms: float, num_runs: int = 1) -> bool:
+    def completed(self, batch: Batch, device: str, measured_ms: float, num_runs: int = 1) -> None:
         """A batch took so long in `num_runs` calls: correct the charges, and learn from it if it went in one.
 
         Of short batches of a well-known queue one in eight is learned from: the broker's time is worth more than theirs.
-
-        Returns:
-            Whether it was learned from.
         """
         queue = batch.queue
         for account, num_rows, alone_ms, charged in batch.charges:
             account.num_leased -= num_rows
-            part = alone_ms / batch.alone_ms if batch.alone_ms > 0.0 else num_rows / batch.num_rows
-            self.accounts.correct(account, measured_ms * part - charged)
+            self.accounts.correct(account, measured_ms * batch.part(num_rows, alone_ms) - charged)
         if queue.mode == "stream" or num_runs != 1:
-            return False
+            return
         queue.num_measured += 1
         if measured_ms < SHORT_MS and queue.num_measured > NUM_WELL_KNOWN and queue.num_measured % SHORT_EVERY:
-            return False
+            return
         name = queue.spec.name
         self.predictor.observe(batch.load(), batch.worker, device, measured_ms)
         self._learn_share(queue, batch, measured_ms)
@@ -220,13 +215,12 @@ class PullPolicy(Queues):
             if batch.is_full:
                 fixed_ms, row_ms = self.predictor.fixed_and_row_ms(name, batch.worker)
                 self.sizes.completed(batch.worker, name, batch.row_ms, batch.num_rows, True, fixed_ms, row_ms)
-        return True
 
     def expired(self, run: Run, now: float) -> None:
         """Its time is over, and it was expected to be done by then: whoever comes next is told of a longer wait."""
         if run.queue is not None and run.expected_s is not None:
-            alone_ms = max(run.alone_ms) if isinstance(run.alone_ms, list) else run.alone_ms
-            run.queue.learn_lateness(now - run.arrived, run.expected_s + 0.001 * alone_ms)
+            _, longest_ms = run.alone(0, run.num_rows)
+            run.queue.learn_lateness(now - run.arrived, run.expected_s + 0.001 * longest_ms)
 
     def abandoned(self, batch: Batch) -> None:
         """A batch will not be answered: nobody pays for it."""

@@ -88,13 +88,8 @@ class Queues:
         queue = run.queue = self._queues.setdefault(run.queue.key, run.queue)
         if queue.plan.grid is not self._grid:  # it was empty, and not kept, when the grid changed
             queue.plan, queue.histogram = self._first_plan, None
-        alone_ms = run.alone_ms
-        if isinstance(alone_ms, list):
-            rows = alone_ms[piece.start : piece.stop]
-            piece.alone_ms, longest = sum(rows), max(rows)
-        else:
-            piece.alone_ms, longest = alone_ms * (piece.stop - piece.start), alone_ms
-        piece.cell = self._grid.cell(longest * run.spread) if queue.is_binned else 0
+        piece.alone_ms, longest_ms = run.alone(piece.start, piece.stop)
+        piece.cell = self._grid.cell(longest_ms * run.spread) if queue.is_binned else 0
         lane = queue.lane(run.account, piece.cell, run.priority)
         limit = run.deadline if run.deadline < INF else run.arrived + self.config.no_limit_s
         run.overdue_at = self.overdue_at(run)
@@ -124,8 +119,7 @@ class Queues:
         """Shrink a queued piece to rows [start, stop), at the place it has."""
         lane = piece.lane
         assert lane is not None
-        alone_ms = piece.run.alone_ms
-        left_ms = sum(alone_ms[start:stop]) if isinstance(alone_ms, list) else alone_ms * (stop - start)
+        left_ms, _ = piece.run.alone(start, stop)
         self._count(lane, (stop - start) - piece.num_rows, left_ms - piece.alone_ms)
         piece.start, piece.stop, piece.alone_ms = start, stop, left_ms
 

@@ -5,7 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from broker_world import WHOLE_BATCHES, Declared, FakeClient, FakeWorker, World, X, number_per_row, spec, tensor_rows
+from broker_world import (
+    WHOLE_BATCHES,
+    Declared,
+    FakeClient,
+    FakeWorker,
+    World,
+    X,
+    number_per_row,
+    spec,
+    tensor_rows,
+)
 from policy_bench import Bench
 
 from penstock.broker import protocol as p
@@ -221,3 +231,24 @@ def test_a_full_batch_does_not_wait_behind_a_held_one() -> None:
         bench.submit(statics=b"many")
     batch = bench.pull()
     assert batch is not None and batch.is_full
+
+
+def test_the_watch_hears_of_every_batch() -> None:
+    """Of short batches few are learned from; a kernel that became one of those looked as if it had lost its throughput."""
+    w = World()
+    worker, client = w.worker(), w.client()
+    for _ in range(100):
+        client.submit()
+        worker.finish(compute_ms=0.1)
+    assert w.core.dispatch._watch._cases["echo"].figures._num_batches == 100
+
+
+def test_bad_input_of_one_client_says_nothing_of_a_probe() -> None:
+    w = World()
+    worker, client = w.worker(), w.client()
+    for _ in range(5):
+        w.state.breakers.finished("worker", "echo", True, w.now)
+    w.advance(1.6)
+    client.submit()
+    worker.finish(error=p.Error("kernel_failed", "bad input"))
+    assert not w.state.breakers.is_all_closed
