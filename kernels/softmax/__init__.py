@@ -20,8 +20,9 @@ def softmax(x: torch.Tensor, axis: int = -1) -> torch.Tensor:
 
     x: float `[batch, ...]`. `axis`: an axis of one task's array, so 0 is the first one after the batch dimension;
     negative ones count from the end. Returns the shape and dtype of x. An array without elements stays one; a line with
-    NaN, or of -inf only, is NaN. Tolerance: 1e-6 relative in float32 whatever shares the batch; float16 and bfloat16
-    are computed in float32 and rounded once. Source: torch.softmax.
+    NaN, or of -inf only, is NaN. Tolerance: 1e-6 relative in float32 whatever shares the batch; against exact arithmetic
+    2e-5 down to 1e-30 (x - max is rounded, and that is exponentiated). float16 and bfloat16 are computed in float32 and
+    rounded once. Source: torch.softmax.
     """
     rank = x.ndim - 1
     if type(axis) is not int or not -rank <= axis < rank:

@@ -19,6 +19,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "overload": ("overload", {"seconds": "seconds"}),
     "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
     "prediction": ("prediction", {}),
+    "kernels": ("kernel_bench", {"device": "device", "ops": "ops", "quick": "is_quick", "pairs": "num_rounds"}),
     "peers": ("peers", {"seconds": "seconds"}),
 }
 """What there is: its module, and which options its `measure` takes under which names."""
@@ -45,6 +46,7 @@ def main() -> int:
         epilog="throughput: map, submit and call against bare pyzmq. queued: memory and time per queued task. "
         "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
         "worker can do. policy: what a decision costs. prediction: measured times of the built-in kernels. "
+        "kernels: each kernel's correctness, then its time against the device's floor and against other implementations. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )
     p.add_argument("what", nargs="?", default="throughput", choices=tuple(BENCHES))
@@ -52,19 +54,26 @@ def main() -> int:
     p.add_argument("--pairs", type=int, help="interleaved pairs (default 7; policy: 5 rounds)")
     p.add_argument("--seconds", type=float, help="per measurement (default 2; scheduling 10, overload 60)")
     p.add_argument("--tasks", type=int, help="queued tasks at most (default 1000000; policy: 20000)")
+    p.add_argument("--device", help="kernels: cpu, cuda or mps (default cpu)")
+    p.add_argument("--ops", help="kernels: families or operations, comma separated (default: all)")
+    p.add_argument("--quick", action="store_true", default=None, help="kernels: small sizes only")
+    p.add_argument("--page", action="store_true", help="kernels on cuda: write docs/gpu-results.md as well")
     args = p.parse_args()
-    _run(args.what, args)
+    result = _run(args.what, args)
+    if args.page:
+        importlib.import_module("kernel_bench").write_page(result)
     if args.peers and args.what != "peers":
         _run("peers", args)
-    return 0
+    return int(result.get("has_failed", False))
 
 
-def _run(what: str, args: argparse.Namespace) -> None:
+def _run(what: str, args: argparse.Namespace) -> dict[str, Any]:
     module, options = BENCHES[what]
     bench = importlib.import_module(module)
     given = {name: getattr(args, option) for option, name in options.items() if getattr(args, option) is not None}
-    result = bench.measure(**given)
+    result: dict[str, Any] = bench.measure(**given)
     _show(what, result, bench.lines(result))
+    return result
 
 
 def _show(name: str, result: dict[str, Any], lines: list[str]) -> None:

@@ -46,6 +46,12 @@ def test_softmax_of_strided_and_large_input() -> None:
     assert_near(ops.softmax(x, 1), softmax_reference(x, 1), 1e-6)
 
 
+@pytest.mark.parametrize("scale", [1, 5])
+def test_softmax_of_a_vocabulary(scale: int) -> None:
+    x = torch.randn(4, 131_072) * scale
+    torch.testing.assert_close(ops.softmax(x), softmax_reference(x), rtol=2e-5, atol=1e-30)
+
+
 @pytest.mark.parametrize(("shape", "axis"), [((3, 2), 1), ((3, 2), -2), ((3,), 0), ((3, 2), True), ((3, 2), 0.0)])
 def test_softmax_refuses_axes(shape: tuple[int, ...], axis: object) -> None:
     with pytest.raises(InvalidInput, match="axis"):
