@@ -15,6 +15,7 @@ from typing import Any
 import kernel_cases
 import torch
 from clocks import ceilings, clock_of, in_turns, speedup
+from gpu_goals import KERNELS, RUNTIME
 from kernel_cases import FLOOR, Case
 
 from penstock.kernels import backends
@@ -55,7 +56,7 @@ def _cases(device: torch.device, wanted: set[str], is_quick: bool) -> Iterator[C
 def _device(device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {"device": str(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        about |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        about |= {"name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "when": time.strftime("%Y-%m-%d")}
     return about
 
 
@@ -107,25 +108,29 @@ def lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def write_page(result: Mapping[str, Any], path: Path = RESULTS_PAGE) -> None:
-    """The last run on a GPU as a page of the documentation; rows without a run say so."""
-    about, limits = result["device"], result["ceilings"]
-    rates = ", ".join(f"{name} {value / 1e9:.0f} G/s" for name, value in limits.items())
+    """Every goal on a GPU with what the run measured of it, then all rows of the run."""
+    about, limits, rows = result["device"], result["ceilings"], result["rows"]
+    rates = ", ".join(f"{name} {value / 1e9:.0f} G/s" for name, value in limits.items()) or "not measured"
     out = [
-        "# Kernels on a GPU: the last run",
+        "# Kernels on a GPU",
         "",
-        f"{about['name']}, torch {about['torch']}, {time.strftime('%Y-%m-%d')}; by `scripts/bench kernels --page`.",
+        "Written by `scripts/bench kernels --device cuda --page`; goals that no run has measured say so.",
+        "",
+        f"Last run: {about.get('when', 'none')}. Device: {about.get('name', 'none')}, torch {about.get('torch', '-')}.",
         f"Measured ceilings: {rates}.",
         "",
-        "| operation | size | backend | ms | of the floor | against peers | goals |",
-        "|---|---|---|---|---|---|---|",
+        "| goal | operation | measured |",
+        "|---|---|---|",
     ]
-    for row in result["rows"]:
+    for goal in KERNELS + RUNTIME:
+        found = [f"{row['size']}: {'; '.join(_met(row)) or row.get('error', '')}" for row in rows if row["op"] == goal.op]
+        out.append(f"| {goal.text} | {goal.op} | {'<br>'.join(found) or 'not measured'} |")
+    out += ["", "| operation | size | backend | ms | of the floor | against peers |", "|---|---|---|---|---|---|"]
+    for row in rows:
         if "error" in row:
-            out.append(f"| {row['op']} | {row['size']} | | | | | WRONG: {row['error']} |")
+            out.append(f"| {row['op']} | {row['size']} | | | | WRONG: {row['error']} |")
             continue
         peers = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row["peers"].items())
         floor = f"{row['floor']:.0%}" if "floor" in row else ""
-        out.append(
-            f"| {row['op']} | {row['size']} | {row['backend']} | {row['ms']:.3f} | {floor} | {peers} | {'; '.join(_met(row))} |"
-        )
-    path.write_text("\n".join(out) + "\n")
+        out.append(f"| {row['op']} | {row['size']} | {row['backend']} | {row['ms']:.3f} | {floor} | {peers} |")
+    path.write_text("\n".join(out if rows else out[:-3]) + "\n")

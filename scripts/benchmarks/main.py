@@ -59,6 +59,8 @@ def main() -> int:
     p.add_argument("--quick", action="store_true", default=None, help="kernels: small sizes only")
     p.add_argument("--page", action="store_true", help="kernels on cuda: write docs/gpu-results.md as well")
     args = p.parse_args()
+    if args.page and args.device != "cuda":
+        p.error("--page needs --device cuda")
     result = _run(args.what, args)
     if args.page:
         importlib.import_module("kernel_bench").write_page(result)
