@@ -89,9 +89,13 @@ class Flight:
             return
         self._there = flights.device.borrow_or_allocate(num_bytes, principal)
         if num_staged:
-            self._staged = flights.host.borrow_or_allocate(num_staged, principal)
+            self._staged = flights.host.borrow_or_allocate(num_staged, principal, will_fill=True)
+        end = 0
         for name, offset in zip(order, offsets, strict=True):
             x = tensors[name]
+            if self._staged is not None and end < offset <= num_staged:
+                self._staged.bytes[end:offset].zero_()
+            end = offset + x.nbytes
             self._inputs[name] = there = _view(self._there, offset, x)
             if is_direct[name]:
                 self._direct.append((there, x))
@@ -127,7 +131,9 @@ class Flight:
         if not num_bytes:
             return
         self._keep = leaving  # until the copies are done
-        self._back = back = self._flights.host.borrow_or_allocate(num_bytes, self.batch.assign.principal)
+        self._back = back = self._flights.host.borrow_or_allocate(
+            num_bytes, self.batch.assign.principal, will_fill=True
+        )
         arriving = {id(x): _view(back, offset, x) for x, offset in zip(leaving, offsets, strict=True)}
         for x in leaving:
             arriving[id(x)].copy_(x, non_blocking=True)

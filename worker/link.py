@@ -73,7 +73,7 @@ class Credit:
     def window(self) -> int:
         """Batches in flight, 1 to 4 on a device that works on one at a time."""
         if self._log_ms is None:
-            return FIRST_WINDOW
+            return self.num_slots - 1 + FIRST_WINDOW
         typical_ms = math.exp(self._log_ms)
         if typical_ms > SLOW_MS:
             return 1

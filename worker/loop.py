@@ -255,7 +255,7 @@ class Worker:
 
         The device has no descriptor to poll, and a thread that waits for it would hand over through the interpreter's lock.
         So: spin for as long as the shortest batches take, then look, nap, look: a nap takes 20 us and the system's slack
-        of about 50, which is what an answer may lie there for, and looking costs a tenth of a core while the device works.
+        of about 50, which is what an answer may lie there for, and looking costs a fifth of a core while the device works.
         """
         began = time.perf_counter()
         while not work.has_landed():

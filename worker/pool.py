@@ -42,14 +42,14 @@ class Refused:
 class Buffer:
     """Bytes on loan: `bytes`, uint8 `[num_bytes]`, until `give_back`."""
 
-    __slots__ = ("_pool", "bytes", "offset", "principal", "size")
+    __slots__ = ("_pool", "bytes", "offset", "owner", "size")
 
-    def __init__(self, pool: "Pool", lent: torch.Tensor, offset: int | None, size: int, principal: str) -> None:
+    def __init__(self, pool: "Pool", lent: torch.Tensor, offset: int | None, size: int, owner: str) -> None:
         self._pool: Pool | None = pool
         self.bytes = lent
         self.offset = offset  # None: not the pool's own memory
         self.size = size
-        self.principal = principal
+        self.owner = owner  # whose bytes are in there at the end
 
     def give_back(self) -> None:
         """The end of the loan; once more is an error of ours (ValueError)."""
@@ -105,33 +105,37 @@ class Pool:
     def available_bytes(self) -> int:
         return self.total_bytes - self.lent_bytes
 
-    def borrow(self, num_bytes: int, principal: str = "") -> Buffer | Refused:
+    def borrow(self, num_bytes: int, principal: str = "", *, will_fill: bool = False) -> Buffer | Refused:
         """`num_bytes` (1 or more) until they are given back.
 
         Args:
             principal: who will see them; "" is nobody in particular, and never the same as before.
+            will_fill: the borrower writes every byte before anybody reads it, so that zeroing would be work done twice.
         """
         size = max(1 << (num_bytes - 1).bit_length(), PAGE_BYTES)
         found = self._split(size)
         if found is None:
             return Refused(num_bytes, self.available_bytes)
         offset, owner = found
-        if self._scrub is Scrub.ZERO and owner is not CLEAN and (owner != principal or not principal):
+        is_anothers = owner is not CLEAN and (owner != principal or not principal)
+        if is_anothers and self._scrub is Scrub.ZERO and not will_fill:
             self._fill(self._memory[offset : offset + size], 0)
         self.num_borrowed += 1
         self.lent_bytes += size
         self.high_bytes = max(self.high_bytes, self.lent_bytes)
-        return Buffer(self, self._memory[offset : offset + num_bytes], offset, size, principal)
+        # Behind the bytes that are filled the former owner's are still there.
+        leaves = MIXED if is_anothers and will_fill else principal
+        return Buffer(self, self._memory[offset : offset + num_bytes], offset, size, leaves)
 
-    def borrow_or_allocate(self, num_bytes: int, principal: str = "") -> Buffer:
+    def borrow_or_allocate(self, num_bytes: int, principal: str = "", *, will_fill: bool = False) -> Buffer:
         """The same, with memory of its own where the pool refuses; that is counted."""
-        lent = self.borrow(num_bytes, principal)
+        lent = self.borrow(num_bytes, principal, will_fill=will_fill)
         if isinstance(lent, Buffer):
             return lent
         self.num_borrowed += 1
         self.num_allocated += 1
         made = self._allocate(num_bytes)
-        if self._scrub is not Scrub.NONE:
+        if self._scrub is not Scrub.NONE and not will_fill:
             self._fill(made, 0)  # the allocator has its own ideas of what is in there
         return Buffer(self, made, None, num_bytes, principal)
 
@@ -182,7 +186,7 @@ class Pool:
         if offset is None:
             return
         self.lent_bytes -= size
-        owner: str | None = buffer.principal
+        owner: str | None = buffer.owner
         if self._scrub is Scrub.POISON:
             self._fill(self._memory[offset : offset + size], 0xFF)
             owner = CLEAN

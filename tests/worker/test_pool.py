@@ -99,6 +99,20 @@ def test_the_same_client_costs_no_zeroing_and_nobody_in_particular_always_does()
         buffer.give_back()
 
 
+def test_who_fills_a_buffer_leaves_what_lies_behind_it_for_nobody() -> None:
+    pool = make(2)
+    first = lent(pool, 2 * PAGE_BYTES, "ada")
+    first.bytes.fill_(7)
+    first.give_back()
+    second = pool.borrow(PAGE_BYTES + 5, "bob", will_fill=True)
+    assert isinstance(second, Buffer)
+    assert second.bytes.eq(7).all(), "not zeroed: all of it is about to be written"
+    second.bytes.fill_(8)
+    second.give_back()
+    third = lent(pool, 2 * PAGE_BYTES, "bob")
+    assert not third.bytes.any(), "ada's bytes were behind it"
+
+
 def test_poison_shows_a_late_reader() -> None:
     pool = make(1, Scrub.POISON)
     buffer = lent(pool, 8)
@@ -131,14 +145,15 @@ class Borrowers(RuleBasedStateMachine):
         self.pool = make(11)
         self.held: dict[int, tuple[Buffer, int]] = {}
 
-    @rule(target=buffers, num_pages=st.floats(0.001, 9.0), who=st.integers(0, 3))
-    def borrow(self, num_pages: float, who: int) -> Buffer | None:
+    @rule(target=buffers, num_pages=st.floats(0.001, 9.0), who=st.integers(0, 3), will_fill=st.booleans())
+    def borrow(self, num_pages: float, who: int, will_fill: bool) -> Buffer | None:
         num_bytes = max(int(num_pages * PAGE_BYTES), 1)
-        buffer = self.pool.borrow(num_bytes, self.clients[who])
+        buffer = self.pool.borrow(num_bytes, self.clients[who], will_fill=will_fill)
         if isinstance(buffer, Refused):
             return None
         own = who if who else -1  # nobody's bytes are nobody's own
-        assert all(byte in (0, own) for byte in buffer.bytes.unique().tolist()), "another client's bytes"
+        is_own = all(byte in (0, own) for byte in buffer.bytes.unique().tolist())
+        assert is_own or will_fill, "another client's bytes"
         buffer.bytes.fill_(who or 99)
         self.held[id(buffer)] = buffer, who or 99
         return buffer
