@@ -46,6 +46,8 @@ class Engine:
             raise StartError(str(e)) from e
         # Before anything is put onto the device: whatever this thread does there from now on is on the compute stream.
         num_slots = (3 if self.device.type == "cuda" else 0) if config.slots is None else config.slots
+        if num_slots and self.device.type == "mps":
+            raise StartError("mps has no streams: it runs one batch after another (slots = 0)")
         streams = timeline(self.device) if num_slots else None
         precise = precisions(kernels, parse_precision(config.precision), self.device)
         self.specs: list[Mapping[str, Any]] = [kernel.spec.to_wire() for kernel in kernels.values()]

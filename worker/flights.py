@@ -69,7 +69,7 @@ class Flight:
         self._staged: Buffer | None = None
         self._there: Buffer | None = None
         self._back: Buffer | None = None
-        self._keep: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
         try:
             self._stage()
         except Exception:
@@ -115,7 +115,9 @@ class Flight:
         runner.num_runs += 1
         inputs = {**self._inputs, **batch.fixed}
         outputs = run(batch.plan.kernel, inputs, runner.precisions.get(batch.plan.name))
-        self.places = {x.data_ptr() for x in _tensors(outputs) if x.layout is torch.strided and x.numel()}
+        # Kept until the job is through: memory that is free may rightly be another output's.
+        self._kept = [x for x in _tensors(outputs) if x.layout is torch.strided and x.numel()]
+        self.places = {x.data_ptr() for x in self._kept}
         spoiled = [other for other in self._flights.pipeline.jobs if other is not self and other.places & self.places]
         for other in spoiled:
             other.is_spoiled = True
@@ -130,7 +132,7 @@ class Flight:
         offsets, num_bytes = _laid_out(leaving)
         if not num_bytes:
             return
-        self._keep = leaving  # until the copies are done
+        self._kept += leaving
         self._back = back = self._flights.host.borrow_or_allocate(
             num_bytes, self.batch.assign.principal, will_fill=True
         )
@@ -145,7 +147,7 @@ class Flight:
             if buffer is not None:
                 buffer.give_back()
         back, self._staged, self._there, self._back = self._back, None, None, None
-        self._inputs, self._direct, self._keep = {}, [], []
+        self._inputs, self._direct, self._kept = {}, [], []
         return back
 
     def drop(self) -> None:
@@ -171,6 +173,7 @@ class Flights:
         self.host, self.device = host, device
         self._runner = runner
         self._landed: list[Landed] = []
+        self._fault: Failure | None = None
         # Kernels that run with nothing else in flight: what must not run twice, and what returns the same memory again.
         self._alone = {name for name, plan in runner.plans.items() if not plan.is_idempotent}
 
@@ -200,7 +203,9 @@ class Flights:
             plan, fixed = prepared
             batch = Batch(self._runner, plan, fixed, assign, num_rows, clock)
             is_flying, failure = (False, None) if plan.name in self._alone else self._launch(batch)
-            if not is_flying:
+            if failure is not None and failure.is_device_fault:
+                self._lose(failure, batch)
+            elif not is_flying:
                 self._drain()
                 self._solve(batch, failure)
 
@@ -279,6 +284,7 @@ class Flights:
         if flight.is_forgotten or flight.is_spoiled:
             flight.drop()
             if not flight.is_forgotten:
+                self._drain()
                 self._solve(batch, None)
             return
         clock = batch.clock
@@ -302,13 +308,13 @@ class Flights:
             return describe(name, e)
 
     def _solve(self, batch: Batch, failure: Failure | None) -> None:
-        """Answer a batch from here on synchronously; nothing else is in flight, or it does not matter.
+        """Answer a batch from here on synchronously; nothing else is in flight.
 
         Args:
             failure: of its first run, if that says something about the batch: memory that other batches took does not.
         """
-        if failure is not None and failure.is_device_fault:
-            self._lose(failure, batch)
+        if self._fault is not None:  # met while the others landed
+            self._landed.append(Landed(batch.assign.lease, None, batch.clock, self._fault))
             return
         if failure is not None and failure.is_out_of_memory:
             self._runner.recover_memory()
@@ -317,6 +323,7 @@ class Flights:
         answers = batch.solve(0, batch.num_rows) if failure is None else batch.judge(failure, 0, batch.num_rows)
         if self.on.type == "cpu":
             answers = [_owned(answer) for answer in answers]
+        self._fault = batch.fault
         self._landed.append(Landed(batch.assign.lease, answers, batch.clock, batch.fault))
 
     def _crash(self, failure: Failure) -> None:
@@ -342,6 +349,7 @@ class Flights:
 
     def _lose(self, failure: Failure, *begun: Batch) -> None:
         """The device is broken. The only batch on it is to blame; of several nobody knows which, and the broker finds out."""
+        self._fault = failure
         batches = [*(flight.batch for flight in self.pipeline.abandon()), *begun]
         for batch in batches:
             answers = [Answer(0, batch.num_rows, error=failure.error)] if len(batches) == 1 else None

@@ -182,8 +182,11 @@ class Work:
 
     def _end(self, ended: Ended) -> None:
         self.progress += 1
-        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
         self.fault = self.fault or ended.fault
+        if ended.fault is not None and self.is_flying:
+            self.has_suspects = True  # a batch in flight may be to blame as well
+            return
+        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
 
     def _announce(self, resident: Resident) -> None:
         was_in_kernel, self.is_in_kernel = self.is_in_kernel, False  # a signal must not cut a message in two

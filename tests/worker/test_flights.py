@@ -303,6 +303,57 @@ def test_a_broken_device_blames_none_of_several() -> None:
     assert num_unknown > 10
 
 
+def test_a_broken_device_that_the_next_launch_meets_blames_none_of_the_two() -> None:
+    """As cuda does it: what batch 1 has done is said to whoever calls next."""
+    timeline = SimTimeline(3)
+
+    @kernel("late", max_batch_size=8)
+    def late(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    flights = flying(late, on=timeline)
+    flights.take(assign(1, "late", tensor_block(column(1))), 0.0)
+    timeline.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    whole = flights.pipeline.h2d.run
+    flights.pipeline.h2d.run = lambda work: (timeline.look(), whole(work))[1]  # type: ignore[method-assign]
+    flights.take(assign(2, "late", tensor_block(column(2))), 0.0)
+    landed = {one.lease: one for one in flights.finish()}
+    assert {lease: (one.answers, one.fault is not None) for lease, one in landed.items()} == {1: (None, True), 2: (None, True)}
+
+
+def test_what_must_run_alone_does_not_run_on_a_broken_device() -> None:
+    ran = list[int]()
+
+    @kernel("effect", idempotent=False)
+    def effect(x: torch.Tensor) -> torch.Tensor:
+        ran.append(1)
+        return x
+
+    flights = flying(breaks(), effect, on=SimTimeline(1))
+    flights.take(assign(1, "breaks", tensor_block(column(666))), 0.0)
+    flights.take(assign(2, "effect", tensor_block(column(1))), 0.0)
+    landed = {one.lease: one for one in flights.finish()}
+    assert landed[1].answers is not None
+    assert landed[2].answers is None
+    assert landed[2].fault is not None
+    assert ran == []
+
+
+def test_memory_that_is_free_may_be_the_next_output() -> None:
+    """A kernel whose output is not contiguous leaves its memory to the allocator while the copy of it is in flight."""
+    made = list[torch.Tensor]()
+
+    @kernel("strided", max_batch_size=8)
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        made.append(torch.stack([x, x], -1)[..., 0])
+        return made.pop()
+
+    flights = flying(strided)
+    landed = fly(flights, [assign(lease, "strided", tensor_block(column(lease, lease))) for lease in range(30)])
+    assert [rows_of(one, 2)[0].tolist() for one in landed.values()] == [[lease, 0.5] for lease in range(30)]
+    assert not flights._alone
+
+
 def test_what_is_forgotten_does_not_come_out() -> None:
     for seed in range(10):
         flights = flying(kernels.scale, on=SimTimeline(seed))
@@ -327,7 +378,8 @@ def test_times_are_the_devices() -> None:
     for one in landed.values():
         timings = one.clock.timings()
         assert timings["compute_ms"] == pytest.approx(5.0)
-        assert timings["h2d_ms"] == pytest.approx(2.0, abs=0.9)  # and what gathering them took
+        assert timings["h2d_ms"] >= 2.0  # and what gathering them took
+        assert timings["d2h_ms"] >= 1.0
         assert "num_runs" not in timings
     numbers = flights.numbers()
     assert 0.7 < numbers["queue_efficiency"] <= 1.0  # a look at this device lets time pass

@@ -55,7 +55,7 @@ class Timeline(Protocol):
 
 
 def timeline(device: torch.device) -> Timeline:
-    """What `device` has: on cuda its streams, elsewhere the host's order (mps has one queue that nobody else shares)."""
+    """What `device` has: cuda its streams, a cpu the host's order. mps has neither: its one queue is not the host's."""
     return CudaTimeline(device) if device.type == "cuda" else HostTimeline()
 
 
