@@ -42,9 +42,13 @@ class Credit:
     forms it only just before it is needed, as far as it can tell: so batches of more than half a second, which gain
     nothing, are not taken ahead at all; another worker may be free sooner. Times are averaged by their logarithms: they
     differ by decades between bins and kernels, and one batch of a second must not hold up the next ten of a few ms.
+
+    Attributes:
+        num_slots: batches that the device works on at once: copied in, computed, copied out.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self.num_slots = 1
         self._max_bytes = max_bytes
         self._log_ms: float | None = None
         self._num_answered = 0
@@ -67,13 +71,13 @@ class Credit:
 
     @property
     def window(self) -> int:
-        """Batches in flight, 1 to 4."""
+        """Batches in flight, 1 to 4 on a device that works on one at a time."""
         if self._log_ms is None:
-            return FIRST_WINDOW
+            return self.num_slots - 1 + FIRST_WINDOW
         typical_ms = math.exp(self._log_ms)
         if typical_ms > SLOW_MS:
             return 1
-        return min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / typical_ms))
+        return self.num_slots - 1 + min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / typical_ms))
 
     def total(self, num_more: int = 0, more_bytes: int = 0) -> tuple[int, int]:
         """The cumulative [batches, bytes] that may be assigned, once so many more are answered.

@@ -20,6 +20,7 @@ from penstock.worker import devices
 from penstock.worker.failures import Failure, describe, describe_load
 from penstock.worker.inputs import Inputs, Plan, take_rows
 from penstock.worker.outputs import fetch, to_block
+from penstock.worker.precision import Precision, run
 
 log = logging.getLogger("penstock.worker")
 ABSENT, LOADING, READY, FAILED = "absent", "loading", "ready", "failed"
@@ -78,6 +79,7 @@ class Runner:
     Args:
         kernels: by name, not loaded.
         announce: told when a kernel with state is loading, ready or failed.
+        precisions: of the kernels that do not run in their own.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Runner:
         device: torch.device,
         state_dir: Path,
         announce: Callable[[Resident], None],
+        precisions: Mapping[str, Precision] | None = None,
     ) -> None:
         self.device = device
+        self.precisions = precisions or {}
         self.plans = {name: Plan(kernel, device) for name, kernel in kernels.items()}
         self.resident = {name: ABSENT for name, kernel in kernels.items() if kernel.spec.resident}
         self.num_runs = 0
@@ -109,7 +113,7 @@ class Runner:
             if isinstance(prepared, Error):
                 return [Answer(0, num_rows, error=prepared)], clock, None
             plan, fixed = prepared
-            batch = _Batch(self, plan, fixed, assign, num_rows, clock)
+            batch = Batch(self, plan, fixed, assign, num_rows, clock)
             answers = batch.solve(0, num_rows)
         return answers, clock, batch.fault
 
@@ -167,7 +171,7 @@ class Runner:
         devices.free_cache(self.device)
 
 
-class _Batch:
+class Batch:
     """One batch being solved: run as a whole, and in halves of halves where that fails."""
 
     __slots__ = ("assign", "clock", "fault", "fixed", "num_rows", "plan", "runner")
@@ -183,7 +187,10 @@ class _Batch:
 
     def solve(self, start: int, stop: int) -> list[Answer]:
         """Answers for rows [start, stop): at most 2 log2(n) more runs for one guilty row among n."""
-        outcome = self._attempt(start, stop)
+        return self.judge(self._attempt(start, stop), start, stop)
+
+    def judge(self, outcome: Block | Failure, start: int, stop: int) -> list[Answer]:
+        """Answers for rows that ran with this outcome, by running parts of them where that may help."""
         if isinstance(outcome, Block):
             return [Answer(start, stop, outcome)]
         if outcome.is_out_of_memory:
@@ -203,7 +210,8 @@ class _Batch:
         """One run. Everything that the run made, its exception included, is gone when this returns a Failure."""
         clock, runner, name = self.clock, self.runner, self.plan.name
         try:
-            inputs = self._inputs(start, stop)
+            batched = self.assemble(start, stop)
+            inputs = {**runner.to_device(batched), **self.fixed}
         except Exception as e:
             clock.h2d_ms += clock.lap()
             return describe(name, e)
@@ -211,32 +219,30 @@ class _Batch:
         clock.num_runs += 1
         runner.num_runs += 1
         try:
-            outputs = self.plan.kernel.run(**inputs)
+            outputs = run(self.plan.kernel, inputs, runner.precisions.get(name))
             if not runner.is_cpu:
                 devices.synchronize(runner.device)
             clock.compute_ms += clock.lap()
             block = to_block(name, outputs if runner.is_cpu else fetch(outputs), stop - start)
         except Exception as e:
             clock.compute_ms += clock.lap()
-            return self._blame(describe(name, e), stop - start)
+            return self.blame(describe(name, e), stop - start)
         clock.d2h_ms += clock.lap()
         return block
 
-    def _inputs(self, start: int, stop: int) -> Inputs:
+    def assemble(self, start: int, stop: int) -> Inputs:
+        """The batched inputs of rows [start, stop) on the CPU. Raises InvalidInput."""
         blocks: Sequence[Block] = self.assign.blocks
         scalars: Mapping[str, Any] = self.assign.scalars
         if stop - start < self.num_rows:
             blocks, scalars = take_rows(blocks, scalars, start, stop)
-        clock = self.clock
-        clock.lap()
+        self.clock.lap()
         batched = self.plan.batch(blocks, scalars)
         if self.plan.is_padded and stop - start == self.num_rows:
-            clock.padding_ratio = self.plan.padding_ratio(batched)
-        inputs = self.runner.to_device(batched)
-        inputs.update(self.fixed)
-        return inputs
+            self.clock.padding_ratio = self.plan.padding_ratio(batched)
+        return batched
 
-    def _blame(self, failure: Failure, num_rows: int) -> Failure:
+    def blame(self, failure: Failure, num_rows: int) -> Failure:
         """A kernel that is not idempotent may have had its effect on some rows: it must not run again."""
         if self.plan.is_idempotent or num_rows == 1:
             return failure

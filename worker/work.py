@@ -1,4 +1,4 @@
-"""The leases of a worker while they wait and run: batches one at a time, streams a step at a time.
+"""The leases of a worker while they wait and run: batches one at a time or several in flight, streams a step at a time.
 
 Knows the engine and the link; does not know sockets: frames to send go to a callable. Everything here is run by the
 thread of the data loop.
@@ -16,6 +16,7 @@ from penstock.broker.wire import encode
 from penstock.worker.config import WorkerConfig
 from penstock.worker.engine import Engine
 from penstock.worker.failures import Failure
+from penstock.worker.flights import Flights, Landed
 from penstock.worker.link import Final, Link
 from penstock.worker.streams import Ended
 
@@ -34,6 +35,7 @@ class Work:
         progress: grows with every batch and step; heartbeats carry it.
         is_in_kernel: a kernel runs, and may be interrupted by an exception.
         fault: the device is broken for good, and why.
+        has_suspects: it broke under several batches, and no answer says which is to blame: the broker has to find out.
     """
 
     def __init__(self, config: WorkerConfig, link: Link, send: Callable[[Outgoing], None]) -> None:
@@ -41,13 +43,27 @@ class Work:
         self.progress = 0
         self.is_in_kernel = False
         self.fault: Failure | None = None
+        self.has_suspects = False
         self._link = link
         self._send = send
         self._waiting: deque[tuple[Assign, float]] = deque()
+        self._stalled: Assign | None = None
+        self._leaving: list[Landed] = []
+        if self.engine.flights is not None:
+            link.credit.num_slots = self.engine.flights.pipeline.num_slots
 
     @property
     def is_empty(self) -> bool:
-        return not self._waiting and not len(self.engine.streams)
+        return not self._waiting and not len(self.engine.streams) and not self.is_flying
+
+    @property
+    def is_flying(self) -> bool:
+        """Batches are in flight: the device will have something to say."""
+        return self.engine.flights is not None and len(self.engine.flights) > 0
+
+    def has_landed(self) -> bool:
+        """Whether `run_batch` has an answer to send."""
+        return self.engine.flights is not None and self.engine.flights.is_done()
 
     @property
     def has_streams(self) -> bool:
@@ -83,9 +99,15 @@ class Work:
         """Nobody waits for anything that is held."""
         self._waiting.clear()
         self.engine.streams.clear()
+        if self.engine.flights is not None:
+            self.engine.flights.forget()
+            self._let_go()
 
     def run_batch(self) -> bool:
-        """Run and answer the batch that waits longest; False if none does."""
+        """Run and answer the batch that waits longest; or begin what there is room for, and answer what has landed. False
+        if there was nothing to do."""
+        if self.engine.flights is not None:
+            return self._fly(self.engine.flights)
         if not self._waiting:
             return False
         assign, received_at = self._waiting.popleft()
@@ -98,6 +120,46 @@ class Work:
         self._send(Final(assign.lease, answers, clock.timings()))
         self.fault = self.fault or fault
         return True
+
+    def _fly(self, flights: Flights) -> bool:
+        if self._leaving:
+            self._let_go()
+        was_busy = False
+        while self._waiting and flights.has_room and self.fault is None:
+            assign, received_at = self._waiting.popleft()
+            with self._in_kernel():
+                flights.take(assign, received_at)
+            was_busy = True
+        if self._waiting and not flights.pipeline.has_room and self._waiting[0][0] is not self._stalled:  # counted once
+            self._stalled = self._waiting[0][0]
+            flights.pipeline.num_stalls += 1
+        with self._in_kernel():
+            landed = flights.landed()
+        for one in landed:
+            self._land(one)
+        return was_busy or bool(landed)
+
+    def _land(self, landed: Landed) -> None:
+        clock = landed.clock
+        self.progress += 1
+        self.fault = self.fault or landed.fault
+        if landed.answers is None:
+            self.has_suspects = True
+            return
+        self._link.credit.measure(max(clock.h2d_ms, clock.compute_ms, clock.d2h_ms))
+        self._send(Final(landed.lease, landed.answers, clock.timings()))
+        self._leaving.append(landed)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give back the memory of answers that have left, or that nobody waits for."""
+        staying = []
+        for landed in self._leaving:
+            if landed.lease in self._link.held:
+                staying.append(landed)
+            else:
+                landed.release()
+        self._leaving = staying
 
     def step_streams(self) -> None:
         """One step of everything that streams."""
@@ -120,8 +182,11 @@ class Work:
 
     def _end(self, ended: Ended) -> None:
         self.progress += 1
-        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
         self.fault = self.fault or ended.fault
+        if ended.fault is not None and self.is_flying:
+            self.has_suspects = True  # a batch in flight may be to blame as well
+            return
+        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
 
     def _announce(self, resident: Resident) -> None:
         was_in_kernel, self.is_in_kernel = self.is_in_kernel, False  # a signal must not cut a message in two
