@@ -7,21 +7,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from penstock.kernels.aggregate import aggregate
-    from penstock.kernels.embed import Embed
-    from penstock.kernels.filter import filter_rows
-    from penstock.kernels.matmul import matmul
-    from penstock.kernels.search.topk import similarity_topk
-    from penstock.kernels.sha256 import sha256
-    from penstock.kernels.softmax import softmax
-    from penstock.kernels.transform import transform
+    from penstock.kernels.aggregate import aggregate as aggregate
+    from penstock.kernels.attention import attention as attention
+    from penstock.kernels.attention.cache import write_kv as write_kv
+    from penstock.kernels.attention.paged import paged_decode as paged_decode
+    from penstock.kernels.attention.varlen import attention_varlen as attention_varlen
+    from penstock.kernels.embed import Embed as Embed
+    from penstock.kernels.filter import filter_rows as filter_rows
+    from penstock.kernels.matmul import matmul as matmul
+    from penstock.kernels.search.topk import similarity_topk as similarity_topk
+    from penstock.kernels.sha256 import sha256 as sha256
+    from penstock.kernels.softmax import softmax as softmax
+    from penstock.kernels.transform import transform as transform
 
-__all__ = ["Embed", "aggregate", "filter_rows", "matmul", "sha256", "similarity_topk", "softmax", "transform"]
+_MODULES = {
+    "Embed": "embed",
+    "aggregate": "aggregate",
+    "attention": "attention",
+    "attention_varlen": "attention.varlen",
+    "filter_rows": "filter",
+    "matmul": "matmul",
+    "paged_decode": "attention.paged",
+    "sha256": "sha256",
+    "similarity_topk": "search.topk",
+    "softmax": "softmax",
+    "transform": "transform",
+    "write_kv": "attention.cache",
+}
+"""Name -> its module under `penstock.kernels`."""
 
-_MODULES = {"Embed": "embed", "filter_rows": "filter", "similarity_topk": "search.topk"}
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"penstock.kernels.{_MODULES.get(name, name)}"), name)
+    return getattr(importlib.import_module(f"penstock.kernels.{_MODULES[name]}"), name)

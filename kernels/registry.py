@@ -22,10 +22,13 @@ GROUP = "penstock.kernels"
 
 _BUILTIN = {
     "aggregate": "penstock.kernels.aggregate:aggregate",
+    "attention": "penstock.kernels.attention:attention",
+    "attention_varlen": "penstock.kernels.attention.tasks:attention_varlen_tasks",
     "corpus": "penstock.kernels.corpus:Corpus",
     "embed": "penstock.kernels.embed:Embed",
     "filter": "penstock.kernels.filter:filter_rows",
     "matmul": "penstock.kernels.matmul:matmul",
+    "paged_decode": "penstock.kernels.attention.tasks:paged_decode_tasks",
     "search": "penstock.kernels.search:Search",
     "sha256": "penstock.kernels.sha256:sha256",
     "sleep": "penstock.kernels.sleep:Sleep",
