@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from penstock.kernels.embed import Embed as Embed
     from penstock.kernels.filter import filter_rows as filter_rows
     from penstock.kernels.matmul import matmul as matmul
+    from penstock.kernels.scan import selective_scan as selective_scan
+    from penstock.kernels.scan import selective_state_update as selective_state_update
+    from penstock.kernels.scan import ssd as ssd
     from penstock.kernels.search.topk import similarity_topk as similarity_topk
     from penstock.kernels.sha256 import sha256 as sha256
     from penstock.kernels.softmax import softmax as softmax
@@ -28,9 +31,12 @@ _MODULES = {
     "filter_rows": "filter",
     "matmul": "matmul",
     "paged_decode": "attention.paged",
+    "selective_scan": "scan",
+    "selective_state_update": "scan",
     "sha256": "sha256",
     "similarity_topk": "search.topk",
     "softmax": "softmax",
+    "ssd": "scan",
     "transform": "transform",
     "write_kv": "attention.cache",
 }

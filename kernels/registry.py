@@ -30,9 +30,11 @@ _BUILTIN = {
     "matmul": "penstock.kernels.matmul:matmul",
     "paged_decode": "penstock.kernels.attention.tasks:paged_decode_tasks",
     "search": "penstock.kernels.search:Search",
+    "selective_scan": "penstock.kernels.scan.tasks:selective_scan",
     "sha256": "penstock.kernels.sha256:sha256",
     "sleep": "penstock.kernels.sleep:Sleep",
     "softmax": "penstock.kernels.softmax:softmax",
+    "ssd": "penstock.kernels.scan.tasks:ssd",
     "transform": "penstock.kernels.transform:transform",
 }
 

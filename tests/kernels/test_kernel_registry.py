@@ -54,6 +54,7 @@ def test_all_built_in_kernels_load_without_their_state() -> None:
         *("aggregate", "corpus", "embed", "filter", "matmul"),
         *("search", "sha256", "sleep", "softmax", "transform"),
         *("attention", "attention_varlen", "paged_decode"),
+        *("selective_scan", "ssd"),
     }
     resident = [
         "embed",
