@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from penstock.kernels.attention.paged import paged_decode as paged_decode
     from penstock.kernels.attention.varlen import attention_varlen as attention_varlen
     from penstock.kernels.embed import Embed as Embed
+    from penstock.kernels.experts import ExpertStore as ExpertStore
+    from penstock.kernels.experts import moe_offloaded as moe_offloaded
     from penstock.kernels.filter import filter_rows as filter_rows
+    from penstock.kernels.linear import linear as linear
     from penstock.kernels.matmul import matmul as matmul
+    from penstock.kernels.moe import moe as moe
+    from penstock.kernels.quantized import quantize_weight as quantize_weight
+    from penstock.kernels.quantized import quantized_linear as quantized_linear
     from penstock.kernels.scan import selective_scan as selective_scan
     from penstock.kernels.scan import selective_state_update as selective_state_update
     from penstock.kernels.scan import ssd as ssd
@@ -25,12 +31,18 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Embed": "embed",
+    "ExpertStore": "experts",
     "aggregate": "aggregate",
     "attention": "attention",
     "attention_varlen": "attention.varlen",
     "filter_rows": "filter",
+    "linear": "linear",
     "matmul": "matmul",
+    "moe": "moe",
+    "moe_offloaded": "experts",
     "paged_decode": "attention.paged",
+    "quantize_weight": "quantized",
+    "quantized_linear": "quantized",
     "selective_scan": "scan",
     "selective_state_update": "scan",
     "sha256": "sha256",

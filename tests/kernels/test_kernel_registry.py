@@ -54,10 +54,14 @@ def test_all_built_in_kernels_load_without_their_state() -> None:
         *("aggregate", "corpus", "embed", "filter", "matmul"),
         *("search", "sha256", "sleep", "softmax", "transform"),
         *("attention", "attention_varlen", "paged_decode"),
+        *("linear", "moe", "quantized_linear"),
         *("selective_scan", "ssd"),
     }
     resident = [
         "embed",
+        "linear",
+        "moe",
+        "quantized_linear",
     ]
     assert [name for name, item in kernels.items() if not item.is_loaded] == resident
     assert all(item.spec.name == name and item.spec.doc for name, item in kernels.items())
