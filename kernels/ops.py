@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from penstock.kernels.moe import moe as moe
     from penstock.kernels.quantized import quantize_weight as quantize_weight
     from penstock.kernels.quantized import quantized_linear as quantized_linear
+    from penstock.kernels.sampling import sample as sample
+    from penstock.kernels.sampling import speculative_verify as speculative_verify
     from penstock.kernels.scan import selective_scan as selective_scan
     from penstock.kernels.scan import selective_state_update as selective_state_update
     from penstock.kernels.scan import ssd as ssd
     from penstock.kernels.search.topk import similarity_topk as similarity_topk
     from penstock.kernels.sha256 import sha256 as sha256
     from penstock.kernels.softmax import softmax as softmax
+    from penstock.kernels.tokens import token_transform as token_transform
     from penstock.kernels.transform import transform as transform
 
 _MODULES = {
@@ -43,12 +46,15 @@ _MODULES = {
     "paged_decode": "attention.paged",
     "quantize_weight": "quantized",
     "quantized_linear": "quantized",
+    "sample": "sampling",
     "selective_scan": "scan",
     "selective_state_update": "scan",
     "sha256": "sha256",
     "similarity_topk": "search.topk",
     "softmax": "softmax",
+    "speculative_verify": "sampling",
     "ssd": "scan",
+    "token_transform": "tokens",
     "transform": "transform",
     "write_kv": "attention.cache",
 }

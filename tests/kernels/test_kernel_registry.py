@@ -55,6 +55,7 @@ def test_all_built_in_kernels_load_without_their_state() -> None:
         *("search", "sha256", "sleep", "softmax", "transform"),
         *("attention", "attention_varlen", "paged_decode"),
         *("linear", "moe", "quantized_linear"),
+        *("sample", "speculative_verify", "token_transform"),
         *("selective_scan", "ssd"),
     }
     resident = [
@@ -62,6 +63,7 @@ def test_all_built_in_kernels_load_without_their_state() -> None:
         "linear",
         "moe",
         "quantized_linear",
+        "token_transform",
     ]
     assert [name for name, item in kernels.items() if not item.is_loaded] == resident
     assert all(item.spec.name == name and item.spec.doc for name, item in kernels.items())
