@@ -28,13 +28,22 @@ if TYPE_CHECKING:
     from penstock.kernels.scan import ssd as ssd
     from penstock.kernels.search.topk import similarity_topk as similarity_topk
     from penstock.kernels.sha256 import sha256 as sha256
+    from penstock.kernels.simulate.driver import simulate as simulate
+    from penstock.kernels.simulate.worlds import AgentState as AgentState
+    from penstock.kernels.simulate.worlds import Boids as Boids
+    from penstock.kernels.simulate.worlds import Circles as Circles
+    from penstock.kernels.simulate.worlds import GridWorld as GridWorld
     from penstock.kernels.softmax import softmax as softmax
     from penstock.kernels.tokens import token_transform as token_transform
     from penstock.kernels.transform import transform as transform
 
 _MODULES = {
+    "AgentState": "simulate.worlds",
+    "Boids": "simulate.worlds",
+    "Circles": "simulate.worlds",
     "Embed": "embed",
     "ExpertStore": "experts",
+    "GridWorld": "simulate.worlds",
     "aggregate": "aggregate",
     "attention": "attention",
     "attention_varlen": "attention.varlen",
@@ -51,6 +60,7 @@ _MODULES = {
     "selective_state_update": "scan",
     "sha256": "sha256",
     "similarity_topk": "search.topk",
+    "simulate": "simulate.driver",
     "softmax": "softmax",
     "speculative_verify": "sampling",
     "ssd": "scan",

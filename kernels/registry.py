@@ -36,6 +36,7 @@ _BUILTIN = {
     "search": "penstock.kernels.search:Search",
     "selective_scan": "penstock.kernels.scan.tasks:selective_scan",
     "sha256": "penstock.kernels.sha256:sha256",
+    "simulate": "penstock.kernels.simulate:Simulate",
     "sleep": "penstock.kernels.sleep:Sleep",
     "softmax": "penstock.kernels.softmax:softmax",
     "speculative_verify": "penstock.kernels.sampling:verify_rows",

@@ -57,6 +57,7 @@ def test_all_built_in_kernels_load_without_their_state() -> None:
         *("linear", "moe", "quantized_linear"),
         *("sample", "speculative_verify", "token_transform"),
         *("selective_scan", "ssd"),
+        "simulate",
     }
     resident = [
         "embed",
