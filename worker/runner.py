@@ -210,8 +210,8 @@ class Batch:
         """One run. Everything that the run made, its exception included, is gone when this returns a Failure."""
         clock, runner, name = self.clock, self.runner, self.plan.name
         try:
-            batched = self.assemble(start, stop)
-            inputs = {**runner.to_device(batched), **self.fixed}
+            inputs = runner.to_device(self.assemble(start, stop))
+            inputs.update(self.fixed)
         except Exception as e:
             clock.h2d_ms += clock.lap()
             return describe(name, e)
