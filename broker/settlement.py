@@ -4,6 +4,7 @@ Knows credit, idempotency keys and runs that share an answer. Does not know addr
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from penstock.broker.columns import Block, gather
 from penstock.broker.protocol import Outcome
@@ -69,7 +70,10 @@ class Settlement:
         if self._outcome in (CANCELLED, EXPIRED):
             self._state.journal.forget(run)
         else:
-            self._state.journal.record(run, [self.outcome([span])])
+            outcome = self.outcome([span])
+            if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
+                outcome = replace(outcome, block=outcome.block.copied())
+            self._state.journal.record(run, [outcome])
 
     def _pass_on(self, follower: Run, start: int, stop: int, at: int) -> None:
         """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""

@@ -42,6 +42,7 @@ class WorkerConfig:
         state_dir: where kernels keep files; None = $XDG_STATE_HOME/penstock or ~/.local/state/penstock.
         threads: torch's threads within an operator on the CPU; None = torch's own choice.
         max_bytes: payload bytes that the broker may assign ahead of the answers.
+        shared_bytes: memory that large results may take on their way to clients on this machine; 0: all go through the socket.
         parent: process id of the starter; the worker ends when that is no longer its parent.
         log_level: debug, info, warning or error.
     """
@@ -54,6 +55,7 @@ class WorkerConfig:
     state_dir: Path | None = None
     threads: int | None = None
     max_bytes: int = 256 * 1024 * 1024
+    shared_bytes: int = 256 * 1024 * 1024
     parent: int | None = None
     log_level: str = "info"
 
@@ -66,6 +68,8 @@ class WorkerConfig:
             raise ValueError(f"threads must be 1 to {MAX_THREADS}, not {self.threads}")
         if not 1024 * 1024 <= self.max_bytes <= MAX_COUNT:
             raise ValueError(f"max_bytes must be 1048576 or more, not {self.max_bytes}")
+        if not 0 <= self.shared_bytes <= MAX_COUNT:
+            raise ValueError(f"shared_bytes must not be negative, not {self.shared_bytes}")
         if self.parent is not None and self.parent < 1:
             raise ValueError(f"parent must be a process id, not {self.parent}")
         if self.log_level not in LOG_LEVELS:

@@ -13,6 +13,7 @@ from penstock.broker.protocol import Resident
 from penstock.kernels import RegistryError, registry
 from penstock.worker import devices
 from penstock.worker.config import StartError, WorkerConfig, default_state_dir, parse_options
+from penstock.worker.pinned import Pins
 from penstock.worker.runner import Runner
 from penstock.worker.streams import Streams
 
@@ -26,6 +27,7 @@ class Engine:
     Attributes:
         specs: the kernels as `ready` offers them.
         facts: the device as `ready` describes it.
+        pins: clients' memory that the device may read by itself.
     """
 
     def __init__(self, config: WorkerConfig, announce: Callable[[Resident], None]) -> None:
@@ -42,6 +44,7 @@ class Engine:
         self.facts = devices.facts(self.device)
         self.runner = Runner(kernels, self.device, state_dir, announce)
         self.streams = Streams(self.runner)
+        self.pins = Pins(self.device)
         devices.warm_up(self.device)
         # What exists now stays for good: the collector need not look at it again and again.
         gc.collect()
