@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from penstock.broker.segments import MAX_SEGMENTS, Segment, make
-from penstock.broker.shared import SharedBytes
+from penstock.broker.shared import MAX_SLOTS, SharedBytes
 
 PAGE: Final = 4096
 MIN_SEGMENT_BYTES: Final = 16 << 20
@@ -92,7 +92,8 @@ class Arena:
         if nbytes < self.min_bytes:
             return None
         with self._lock:
-            found = self._take(-(-nbytes // PAGE) * PAGE)
+            self._collect()
+            found = self._take(-(-nbytes // PAGE) * PAGE) if len(self._taken) < MAX_SLOTS else None
             if found is None:
                 self.num_full += 1
                 return None
@@ -172,7 +173,6 @@ class Arena:
     # --- with the lock ----------------------------------------------------------------------------------------------
 
     def _take(self, nbytes: int) -> tuple[Segment, int] | None:
-        self._collect()
         for segment, extents in self._segments.values():
             offset = extents.take(nbytes)
             if offset is not None:

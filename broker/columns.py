@@ -339,6 +339,14 @@ def _are_counts(values: list[Any]) -> bool:
     return all(type(v) is int and 0 <= v < 1 << 48 for v in values)
 
 
+def any_shared(blocks: Iterable[Block | None]) -> bool:
+    """Whether rows of any of these lie in shared memory."""
+    for block in blocks:  # noqa: SIM110 - asked of every message: a generator costs twice as much
+        if block is not None and block.layout.num_framed and block.has_shared:
+            return True
+    return False
+
+
 def gather(pieces: Sequence[tuple[Block, int, int]]) -> Block:
     """Join row ranges [start, stop) of blocks with equal columns into one block.
 

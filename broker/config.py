@@ -40,7 +40,7 @@ class BrokerConfig:
     """Shared memory of one session on this machine (ipc, Linux); 0: all payload goes through the sockets."""
     shared_total_bytes: int = 4 << 30
     """Of all sessions."""
-    shared_min_bytes: int = 256 << 10
+    shared_min_bytes: int = 1 << 20
     """From this size on an array goes through shared memory."""
     max_rows_per_run: int = MAX_ROWS
     max_clients: int = 10_000

@@ -20,6 +20,7 @@ from penstock.broker.shared import SharedBytes
 log = logging.getLogger("penstock")
 _arenas: "weakref.WeakSet[Arena]" = weakref.WeakSet()
 MAX_NUMBER: Final = 1 << 48
+IDLE_S: Final = 30.0
 
 
 class PeerMemory:
@@ -40,6 +41,7 @@ class PeerMemory:
         self.is_ending = False
         self.opened = OpenSegments(is_writable)
         self._is_off_for_good = False
+        self._seen_placed, self._idle_since = 0, 0.0
 
     # --- what the broker says ---------------------------------------------------------------------------------------
 
@@ -85,6 +87,15 @@ class PeerMemory:
         if self.arena is not None:
             self.arena.close()
             self.arena = None
+
+    def tick(self, now: float) -> None:
+        """Give idle memory back after a while."""
+        arena = self.arena
+        if arena is not None and arena.num_bytes:
+            if arena.num_placed != self._seen_placed or arena.num_taken:
+                self._seen_placed, self._idle_since = arena.num_placed, now
+            elif now - self._idle_since > IDLE_S:
+                arena.trim()
 
     def close(self) -> None:
         self.is_on, self._is_off_for_good = False, True

@@ -73,8 +73,8 @@ COUNT = integer(0, MAX_COUNT)
 ROW = integer(0, MAX_ROWS)
 NUMBER = number(0.0, 1e15)
 PAIR = listing(COUNT, 2, 2)
-MAX_SLOTS: Final = 4096
-COUNTS = listing(COUNT, MAX_SLOTS)
+MAX_COUNTS: Final = 4096
+COUNTS = listing(COUNT, MAX_COUNTS)
 
 
 @record

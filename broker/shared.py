@@ -14,6 +14,10 @@ Place = tuple[int, int, int]
 """(process, file descriptor in it, inode)."""
 MAX_COUNT: Final = (1 << 48) - 1
 MAX_PID: Final = (1 << 31) - 1
+DESCRIPTOR_BYTES: Final = 40
+"""That one takes in a header at most."""
+MAX_SLOTS: Final = 1024
+"""Of one arena at once, and descriptors of one message: they have to fit a header."""
 
 
 class DescriptorError(ValueError):

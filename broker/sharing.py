@@ -11,19 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-from penstock.broker.columns import Block
+from penstock.broker.columns import Block, any_shared
 from penstock.broker.config import BrokerConfig
-from penstock.broker.protocol import MAX_SLOTS, Outcome, Release, Results, Share
+from penstock.broker.protocol import MAX_COUNTS, Outcome, Release, Results, Share
 from penstock.broker.protocol import Partial as PartialResults
 from penstock.broker.segments import MAX_SEGMENTS, SegmentError
 from penstock.broker.sessions import ClientSession, WorkerSession
-from penstock.broker.shared import DescriptorError, Place, SharedBytes
+from penstock.broker.shared import MAX_SLOTS, DescriptorError, Place, SharedBytes
 from penstock.broker.wire import Message, ProtocolError
 
 Slot = tuple[int, int]
 Session = ClientSession | WorkerSession
+MAX_LOANS: Final = 2 * MAX_SLOTS
+"""Of one session: what a `welcome` can list. An arena has no more than half as many slots."""
 M = TypeVar("M", bound=Results | PartialResults)
 
 
@@ -78,11 +80,12 @@ class Source:
 class Sharer:
     """What the broker keeps of a session that shares. `held` counts its slots on loan; `is_on`: it may be lent to."""
 
-    __slots__ = ("held", "is_on", "pid", "sources")
+    __slots__ = ("held", "is_on", "num_held", "pid", "sources")
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.is_on = True
+        self.num_held = 0
         self.held: Counter[Slot] = Counter()
         self.sources: dict[tuple[int, int], Source] = {}
 
@@ -155,11 +158,14 @@ class Sharing:
             return 0
         if sharer is None:
             raise ProtocolError("a descriptor from a peer that has not said that it shares")
+        sharer.num_held += len(frames)
         for frame in frames:
             slot = (frame.place[1], frame.offset)
             sharer.held[slot] += 1
             frame.on_drop = partial(self._dropped.append, (sharer, slot))
         try:
+            if sharer.num_held > MAX_LOANS:
+                raise SegmentError(f"more than {MAX_LOANS} slots at once")
             for frame in frames:
                 source = self._source(session, sharer, frame.place, config)
                 frame.attach(source)
@@ -207,9 +213,15 @@ class Sharing:
             source.readers.add(sharer)
         return block
 
+    def readable_batch(self, blocks: Sequence[Block], worker: WorkerSession) -> list[Block]:
+        """The blocks of a lease as its worker can read them; in frames if there are more descriptors than a header holds."""
+        if sum(len(b.frames) for b in blocks if b.layout.num_framed) > MAX_SLOTS:
+            return [b.inlined() for b in blocks]
+        return [self.readable(b, worker) for b in blocks]
+
     def readable_message(self, message: M, session: Session, is_inlined: bool = False) -> M:
         """Results as this session can read them; `is_inlined`: without any descriptor."""
-        if not has_shared(message.outcomes):
+        if not any_shared([o.block for o in message.outcomes]):
             return message
         outcomes = list[Outcome]()
         for outcome in message.outcomes:
@@ -233,13 +245,14 @@ class Sharing:
         self._dropped.clear()
         for sharer, slot in dropped:
             sharer.held[slot] -= 1
+            sharer.num_held -= 1
             if not sharer.held[slot]:
                 del sharer.held[slot]
             by_sharer.setdefault(sharer, []).extend(slot)
         for sharer, slots in by_sharer.items():
             if sharer in self._sessions:  # one that is away hears of what is still held when it comes back
-                for at in range(0, len(slots), MAX_SLOTS):
-                    self._send(self._sessions[sharer], Release(slots=slots[at : at + MAX_SLOTS]))
+                for at in range(0, len(slots), MAX_COUNTS):
+                    self._send(self._sessions[sharer], Release(slots=slots[at : at + MAX_COUNTS]))
 
     def _close(self) -> None:
         closed, by_sharer = self._closed[:], dict[Sharer, list[int]]()
@@ -251,17 +264,16 @@ class Sharing:
                 by_sharer.setdefault(sharer, []).append(inode)
         for sharer, inodes in by_sharer.items():
             if sharer in self._sessions:
-                for at in range(0, len(inodes), MAX_SLOTS):
-                    self._send(self._sessions[sharer], Release(segments=inodes[at : at + MAX_SLOTS]))
+                for at in range(0, len(inodes), MAX_COUNTS):
+                    self._send(self._sessions[sharer], Release(segments=inodes[at : at + MAX_COUNTS]))
 
     # --- about it ---------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """For status."""
-        lent = sum(sum(s.held.values()) for s in self._sessions)
         return {
             "is_possible": self._memory is not None, "sessions": len(self._sessions), "segments": self.num_segments,
-            "segment_bytes": self.num_bytes, "loans": lent,
+            "segment_bytes": self.num_bytes, "loans": sum(s.num_held for s in self._sessions),
             **{name: self._counters[name] for name in ("shared_rows", "shared_bytes", "unshared", "inlined")},
         }  # fmt: skip
 
@@ -274,12 +286,8 @@ class Sharing:
             sharer, slot = frame.on_drop.args[0]
             held.setdefault(sharer, Counter())[slot] += 1
         for sharer, session in self._sessions.items():
-            assert session.sharer is sharer
+            assert session.sharer is sharer and sharer.num_held == sum(sharer.held.values())
             assert sharer.held == held.get(sharer, Counter()), "a loan that nobody reads, or a reader without a loan"
-
-
-def has_shared(outcomes: Sequence[Outcome]) -> bool:
-    return any(o.block is not None and o.block.layout.num_framed and o.block.has_shared for o in outcomes)
 
 
 def _sources(memories: Iterable[Any]) -> Iterator[Source]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from penstock.broker.clients import Clients
-from penstock.broker.columns import Block, gather
+from penstock.broker.columns import Block, any_shared, gather
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.protocol import (
     Answer,
@@ -212,8 +212,8 @@ class Workers:
         """Send a lease to its worker."""
         queue, first, worker = lease.queue, lease.pieces[0].run, lease.worker
         blocks = _blocks(lease.pieces)
-        if any(b.layout.num_framed and b.has_shared for b in blocks):
-            blocks = [self.state.sharing.readable(b, worker) for b in blocks]
+        if any_shared(blocks):
+            blocks = self.state.sharing.readable_batch(blocks, worker)
             lease.lent = [b for b in blocks if b.has_shared]
         assign = Assign(
             lease=lease.token, kernel=queue.spec.name, digest=queue.spec.digest, mode=lease.mode, statics=queue.statics,
@@ -258,11 +258,11 @@ class Workers:
 
     def _adopt(self, worker: WorkerSession, answers: Sequence[Answer]) -> Sequence[Answer]:
         """Take what a worker answers in its memory on loan; what cannot be read there counts as not answered."""
-        if not any(a.block is not None and a.block.layout.num_framed for a in answers):
+        if not any_shared([a.block for a in answers]):
             return answers
         adopted = list[Answer]()
         for answer in answers:
-            if answer.block is not None and answer.block.layout.num_framed:
+            if answer.block is not None:
                 try:
                     self.state.sharing.adopt(worker, [answer.block], self.state.config)
                 except Unshared as e:
@@ -319,7 +319,7 @@ class Workers:
         self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
 
     def _partial(self, worker: WorkerSession, m: WorkerPartial, now: float) -> None:
-        if m.block.layout.num_framed:
+        if any_shared([m.block]):
             try:
                 self.state.sharing.adopt(worker, [m.block], self.state.config)
             except Unshared:

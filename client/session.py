@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from penstock.broker import protocol
-from penstock.broker.columns import Buffer
+from penstock.broker.columns import Buffer, any_shared
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Code, Error
 from penstock.broker.segments import SegmentError
@@ -191,6 +191,7 @@ class Session:
         self.submissions.expire(now)
         if self.connection.tick(self.is_busy, self.can_send, now):
             self._outbox.append(protocol.Heartbeat(ack=self._receipts.ack()))
+            self.memory.tick(now)
 
     def next_deadline(self) -> float:
         """When `tick` has something to do by the clock; infinity if never."""
@@ -209,16 +210,15 @@ class Session:
         """A numbered message if it is to be acted upon, with all bytes our own; it then counts as received."""
         if m.seq != self._receipts.received + 1 and not self._may_skip_to(m.seq, now):
             return None
-        shared_bytes = 0
-        if any(o.block is not None and o.block.layout.num_framed and o.block.has_shared for o in m.outcomes):
-            shared_bytes = sum(o.block.nbytes for o in m.outcomes if o.block is not None)
+        is_shared = any_shared([o.block for o in m.outcomes])
+        if is_shared:
             try:
                 m = self._taken_out(m)
             except (SegmentError, DescriptorError) as e:
                 self.memory.turn_off(str(e))
                 self._greet(now)  # it comes once more, in frames
                 return None
-        self._receipts.note(m.seq, frames, shared_bytes)
+        self._receipts.note(m.seq, frames, is_shared)
         return m
 
     def _taken_out(self, m: Numbered) -> Numbered:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from penstock.broker.columns import Buffer
+from penstock.broker.columns import Buffer, any_shared
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, Code, Error, Resident, WorkerPartial
 from penstock.broker.segments import SegmentError
@@ -63,7 +63,7 @@ class Work:
         if not self._link.on_assign(assign):
             log.warning("ignored lease %d: it is held already, or of another session", assign.lease)
             return
-        if any(block.layout.num_framed for block in assign.blocks) and not self._open(assign):
+        if any_shared(assign.blocks) and not self._open(assign):
             return
         received_at = time.perf_counter()
         if assign.mode != "stream":

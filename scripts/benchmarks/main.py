@@ -19,6 +19,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "overload": ("overload", {"seconds": "seconds"}),
     "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
     "prediction": ("prediction", {}),
+    "shared": ("shared", {"pairs": "num_pairs"}),
     "peers": ("peers", {"seconds": "seconds"}),
 }
 """What there is: its module, and which options its `measure` takes under which names."""
@@ -45,6 +46,7 @@ def main() -> int:
         epilog="throughput: map, submit and call against bare pyzmq. queued: memory and time per queued task. "
         "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
         "worker can do. policy: what a decision costs. prediction: measured times of the built-in kernels. "
+        "shared: large arrays through shared memory against the socket. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )
     p.add_argument("what", nargs="?", default="throughput", choices=tuple(BENCHES))
