@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-from penstock.broker.columns import Block, any_shared
+from penstock.broker.columns import Block, any_shared, frame_bytes
 from penstock.broker.config import BrokerConfig
 from penstock.broker.protocol import MAX_COUNTS, Outcome, Release, Results, Share
 from penstock.broker.protocol import Partial as PartialResults
@@ -26,11 +26,17 @@ Slot = tuple[int, int]
 Session = ClientSession | WorkerSession
 MAX_LOANS: Final = 2 * MAX_SLOTS
 """Of one session: what a `welcome` can list. An arena has no more than half as many slots."""
+MAX_OPEN: Final = 256
+"""Segments of all sessions: each takes a file descriptor that a connection may need."""
 M = TypeVar("M", bound=Results | PartialResults)
 
 
 class Unshared(Exception):
-    """Bytes that the broker cannot read where they are said to lie."""
+    """Bytes that the broker cannot read where they are said to lie. `reason` is one word, for statistics."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class OpenSegment(Protocol):
@@ -96,16 +102,21 @@ class Sharing:
     Args:
         memory: None if nothing can be shared here.
         send: takes a message to a session of either side.
+    Attributes:
+        num_rows: that came by descriptor since the start; row_bytes: theirs.
+        num_segments: open now; num_bytes: theirs.
+        fallbacks: rows that went through a socket, by reason: `no_room` in their owner's arena, a segment that the broker
+            cannot `open`, of another `owner`, past a `limit` or its `range`; a `reader` that cannot read it.
     """
 
-    def __init__(self, memory: HostMemory | None, counters: Counter[str], send: Callable[[Session, Message], None]) -> None:
+    def __init__(self, memory: HostMemory | None, send: Callable[[Session, Message], None]) -> None:
         self._memory = memory
-        self._counters = counters
         self._send = send
         self._sessions: dict[Sharer, Session] = {}
         self._dropped: list[tuple[Sharer, Slot]] = []
         self._closed: list[Source.Closed] = []
-        self.num_bytes = self.num_segments = 0
+        self.num_bytes = self.num_segments = self.num_rows = self.row_bytes = 0
+        self.fallbacks: Counter[str] = Counter()
 
     # --- sessions ---------------------------------------------------------------------------------------------------
 
@@ -145,8 +156,8 @@ class Sharing:
 
     # --- bytes that come --------------------------------------------------------------------------------------------
 
-    def adopt(self, session: Session, blocks: Iterable[Block], config: BrokerConfig) -> int:
-        """Take the shared rows of a message on loan; how many bytes those are.
+    def adopt(self, session: Session, blocks: Sequence[Block], config: BrokerConfig) -> None:
+        """Take the shared rows of a message on loan.
 
         Raises:
             Unshared: one of them cannot be read, or is too much. The loans end with the message.
@@ -155,7 +166,10 @@ class Sharing:
         frames = [f for block in blocks for f in block.frames if isinstance(f, SharedBytes)]
         sharer = session.sharer
         if not frames:
-            return 0
+            if sharer is not None and sharer.is_on:
+                large = sum(frame_bytes(f) >= config.shared_min_bytes for block in blocks for f in block.frames)
+                self.fallbacks["no_room"] += large
+            return
         if sharer is None:
             raise ProtocolError("a descriptor from a peer that has not said that it shares")
         sharer.num_held += len(frames)
@@ -165,19 +179,17 @@ class Sharing:
             frame.on_drop = partial(self._dropped.append, (sharer, slot))
         try:
             if sharer.num_held > MAX_LOANS:
-                raise SegmentError(f"more than {MAX_LOANS} slots at once")
+                raise Unshared("limit", f"more than {MAX_LOANS} slots at once")
             for frame in frames:
                 source = self._source(session, sharer, frame.place, config)
-                frame.attach(source)
+                _attach(frame, source)
                 frame.place = source.place
-        except (SegmentError, DescriptorError) as e:
-            sharer.is_on = False  # where the broker cannot read the peer, the peer is not to be trusted to read others
-            self._counters["unshared"] += len(frames)
-            raise Unshared(str(e)) from None
-        num_bytes = sum(map(len, frames))
-        self._counters["shared_rows"] += len(frames)
-        self._counters["shared_bytes"] += num_bytes
-        return num_bytes
+        except Unshared as e:
+            sharer.is_on = False  # it will not do for what is sent there either
+            self.fallbacks[e.reason] += len(frames)
+            raise
+        self.num_rows += len(frames)
+        self.row_bytes += sum(map(len, frames))
 
     def _source(self, session: Session, sharer: Sharer, place: Place, config: BrokerConfig) -> Source:
         _, fd, inode = place
@@ -185,14 +197,17 @@ class Sharing:
         if source is not None:
             return source
         assert self._memory is not None
-        if len(sharer.sources) >= MAX_SEGMENTS:
-            raise SegmentError(f"more than {MAX_SEGMENTS} segments of one session")
-        segment = self._memory.open((sharer.pid, fd, inode))  # the process that the kernel names, not the one that it says
+        if len(sharer.sources) >= MAX_SEGMENTS or self.num_segments >= MAX_OPEN:
+            raise Unshared("limit", f"more than {MAX_SEGMENTS} segments of one session, or {MAX_OPEN} of all")
+        try:
+            segment = self._memory.open((sharer.pid, fd, inode))  # the process that the kernel names, not what the peer says
+        except SegmentError as e:
+            raise Unshared("open", str(e)) from None
         if segment.owner != session.principal:
-            raise SegmentError(f"it belongs to {segment.owner}, not to {session.principal}")
+            raise Unshared("owner", f"it belongs to {segment.owner}, not to {session.principal}")
         of_session = sum(s.nbytes for s in sharer.sources.values()) + segment.nbytes
         if of_session > config.shared_bytes or self.num_bytes + segment.nbytes > config.shared_total_bytes:
-            raise SegmentError("there is more shared memory than is allowed")
+            raise Unshared("limit", "there is more shared memory than is allowed")
         source = sharer.sources[fd, inode] = Source(segment, self._closed)
         self.num_bytes += source.nbytes
         self.num_segments += 1
@@ -207,7 +222,7 @@ class Sharing:
         sharer = session.sharer
         sources = {f.memory for f in block.frames if isinstance(f, SharedBytes)}
         if sharer is None or not sharer.is_on or any(s.owner != session.principal for s in _sources(sources)):
-            self._counters["inlined"] += 1
+            self.fallbacks["reader"] += sum(isinstance(f, SharedBytes) for f in block.frames)
             return block.inlined()
         for source in _sources(sources):
             source.readers.add(sharer)
@@ -274,7 +289,7 @@ class Sharing:
         return {
             "is_possible": self._memory is not None, "sessions": len(self._sessions), "segments": self.num_segments,
             "segment_bytes": self.num_bytes, "loans": sum(s.num_held for s in self._sessions),
-            **{name: self._counters[name] for name in ("shared_rows", "shared_bytes", "unshared", "inlined")},
+            "rows": self.num_rows, "row_bytes": self.row_bytes, "fallbacks": dict(self.fallbacks),
         }  # fmt: skip
 
     def check(self, blocks: Iterable[Block]) -> None:
@@ -288,6 +303,13 @@ class Sharing:
         for sharer, session in self._sessions.items():
             assert session.sharer is sharer and sharer.num_held == sum(sharer.held.values())
             assert sharer.held == held.get(sharer, Counter()), "a loan that nobody reads, or a reader without a loan"
+
+
+def _attach(frame: SharedBytes, source: Source) -> None:
+    try:
+        frame.attach(source)
+    except DescriptorError as e:
+        raise Unshared("range", str(e)) from None
 
 
 def _sources(memories: Iterable[Any]) -> Iterator[Source]:

@@ -68,7 +68,7 @@ class BrokerState:
         self.kernels = KernelTable()
         self.workers: dict[bytes, WorkerSession] = {}
         self.counters: Counter[str] = Counter()
-        self.sharing = Sharing(memory, self.counters, self._send_to)
+        self.sharing = Sharing(memory, self._send_to)
         self.events = EventLog()
         self.breakers = Breakers()
         self.codel = CoDel(policy.config.wait_budgets_s())

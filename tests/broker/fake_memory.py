@@ -36,7 +36,7 @@ class FakeHost:
         self.segments: dict[int, FakeSegment] = {}
         self.opened = list[int]()
 
-    def make(self, pid: int, owner: str = "uid:1", nbytes: int = 64 * SLOT) -> FakeSegment:
+    def make(self, pid: int, owner: str = "uid:1", nbytes: int = 256 * SLOT) -> FakeSegment:
         number = 100 + len(self.segments)
         made = self.segments[number] = FakeSegment(pid, number, number, nbytes, owner)
         return made

@@ -1,5 +1,6 @@
 """Slots of shared memory come back exactly once, whatever becomes of the tasks that they were for."""
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -240,6 +241,40 @@ def test_a_remembered_outcome_does_not_keep_the_workers_memory() -> None:
     assert s.client.results(again) == s.client.results(first) == [b"a" * 50]
 
 
+def test_nothing_waits_for_the_collector() -> None:
+    """The broker runs without it, and a slot comes back with the last reference."""
+    s = Scene(max_queue_rows=6)
+    worker, of_worker = s.worker(), Memory(s.host, 600)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(12):
+            run = s.submit(2, timeout_ms=50.0)
+            s.submit(5)  # refused: the queue is full
+            s.client.submit(block=pack([(Column("x", "uint8", (9,), is_framed=True), None, [far(s)])], 1))
+            if number % 3 == 0:
+                s.client.send(p.Cancel(id=run))
+            if number % 4 == 1:
+                answer(worker, of_worker.rows([b"a" * 50] * 2, "out"))
+                s.client.send(p.Ack(seq=s.client.received))
+            elif number % 4 == 2:
+                worker.crash()
+                worker, of_worker = s.worker(pid=700 + number), Memory(s.host, 700 + number)
+            s.client.send(p.Share(segments=[s.memory.segment.real[2]]))
+            s.world.advance(0.1)
+            while worker.leases:
+                worker.finish(next(iter(worker.leases)))
+        s.client.send(p.Ack(seq=s.client.received))
+        assert s.held == 0
+    finally:
+        gc.enable()
+
+
+def far(s: Scene) -> SharedBytes:
+    """A descriptor past the end."""
+    return SharedBytes(s.memory.segment.real, s.memory.segment.nbytes, 9)
+
+
 # --- who may read what -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +285,7 @@ def test_a_worker_that_cannot_read_it_gets_the_bytes(worker: dict[str, Any]) -> 
     run = s.submit(2)
     (assign,) = other.leases.values()
     assert not descriptors(assign) and [r[:16] for r in rows_of(assign)] == [run] * 2
+    assert s.world.state.sharing.report()["fallbacks"] == {"reader": 2}
     other.finish()
     assert s.all_released_once()
 
@@ -286,6 +322,7 @@ def test_memory_of_another_user_is_refused() -> None:
     s.memory = Memory(s.host, 500, owner="uid:2")
     run = s.submit()
     assert s.client.refused[run].code == "unshared" and s.all_released_once()
+    assert s.world.state.sharing.report()["fallbacks"] == {"owner": 1}
 
 
 def test_memory_of_another_process_is_refused() -> None:
@@ -304,6 +341,13 @@ def test_a_descriptor_past_the_end_is_refused() -> None:
         assert s.client.refused[run].code == "unshared"
 
 
+def test_too_many_slots_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.broker.sharing.MAX_LOANS", 3)
+    s = Scene()
+    s.submit(2)
+    assert s.client.refused[s.submit(2)].code == "unshared"
+
+
 def test_more_memory_than_allowed_is_refused() -> None:
     s = Scene(shared_bytes=1000)
     run = s.submit()
@@ -315,6 +359,13 @@ def test_descriptors_from_who_never_said_so_are_a_protocol_error() -> None:
     plain = s.world.client("plain", pid=500)
     s.submit(client=plain)
     assert plain.take(p.Fault)[-1].error.code == "protocol"
+
+
+def test_large_rows_that_found_no_room_are_counted() -> None:
+    s = Scene(shared_min_bytes=50)
+    for size in (49, 50, 100):
+        s.client.submit(block=pack([(Column("x", "uint8", (size,), is_framed=True), None, [b"x" * size])], 1))
+    assert s.world.state.sharing.report()["fallbacks"] == {"no_room": 2}
 
 
 def test_shared_bytes_count_against_the_limits() -> None:

@@ -51,7 +51,7 @@ def random_array(num_bytes: int, dtype: str = "uint8") -> np.ndarray:
 
 
 def shared_rows(ps: Client) -> int:
-    rows: int = ps.status()["shared"]["shared_rows"]
+    rows: int = ps.status()["shared"]["rows"]
     return rows
 
 
@@ -200,7 +200,7 @@ def test_nothing_leaks_over_many_calls(ps: Client) -> None:
         assert y[-1] == x[-1]
     assert_all_given_back(ps)
     after = ps.status()["shared"]
-    assert after["unshared"] == before["unshared"]
+    assert after["fallbacks"] == before["fallbacks"]
     assert after["segment_bytes"] <= 6 * (16 << 20)  # of two workers and one client
 
 
