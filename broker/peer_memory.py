@@ -97,10 +97,11 @@ class PeerMemory:
             elif now - self._idle_since > IDLE_S:
                 arena.trim()
 
-    def close(self) -> None:
+    def close(self) -> list[Segment]:
+        """Share nothing any more; what is read no more comes back."""
         self.is_on, self._is_off_for_good = False, True
-        self.opened.clear()
         self._let_go()
+        return self.opened.clear()
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 

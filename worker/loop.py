@@ -164,7 +164,7 @@ class Worker:
         else:
             log.info("worker %s ended: %s", name, reason)
         self._heart.stop()
-        self._memory.close()
+        self._unpin(self._memory.close())
         self._monitor.close()
         self._socket.close()
         self._context.term()

@@ -21,7 +21,7 @@ class Pins:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._registered: dict[int, tuple[Segment, torch.Tensor]] = {}
+        self._registered: dict[int, torch.Tensor] = {}
 
     def pin(self, segments: Iterable[Segment]) -> None:
         """Register them, about 0.1 s per GB; one that cannot be is read by the processor."""
@@ -29,15 +29,16 @@ class Pins:
             for segment in segments:
                 whole = torch.frombuffer(segment.map, dtype=torch.uint8)
                 if register(whole):
-                    self._registered[segment.inode] = (segment, whole)
+                    self._registered[segment.inode] = whole
                     segment.is_pinned = True
 
     def unpin(self, segments: Iterable[Segment]) -> None:
         """Before they are unmapped; what copies from them has ended."""
         for segment in segments:
-            if self._registered.pop(segment.inode, None) is not None:
+            found = self._registered.pop(segment.inode, None)
+            if found is not None:
                 segment.is_pinned = False
-                unregister(torch.frombuffer(segment.map, dtype=torch.uint8))
+                unregister(found)
 
 
 def register(memory: torch.Tensor) -> bool:

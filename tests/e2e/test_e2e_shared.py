@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from running import KERNELS, Running, running, until
 
 from penstock.broker.segments import IS_POSSIBLE
@@ -116,6 +118,16 @@ def test_any_dtype_around_the_threshold(ps: Client, dtype: str) -> None:
     assert_all_given_back(ps)
 
 
+def test_torch_tensors(ps: Client) -> None:
+    before = shared_rows(ps)
+    for x in (torch.randn(333, 211).bfloat16(), torch.randn(400, 401).T, torch.arange(100_000) % 3 == 0):
+        y = ps.call("echo", x=x)
+        assert y.dtype == x.dtype
+        assert torch.equal(x, y)
+    assert shared_rows(ps) == before + 6
+    assert_all_given_back(ps)
+
+
 def test_odd_shapes_and_strides(ps: Client) -> None:
     base = np.random.default_rng(0).standard_normal((101, 7, 131)).astype("f4")
     for x in (base, base.T, base[::2], base[:, :, 5:128:2], base[::-1], np.asfortranarray(base), base.astype(">f4")):
@@ -188,6 +200,24 @@ def test_a_client_that_does_not_share(stack: Running, monkeypatch: pytest.Monkey
         before = shared_rows(client)
         assert np.array_equal(client.call("echo", x=x), x)
         assert shared_rows(client) == before
+
+
+def test_over_tcp_nothing_is_shared(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = min(free.getsockname()[1], 65_000)
+    x, run = random_array(1_000_000), Running(folder, EXTRA)
+    run.url = f"tcp://127.0.0.1:{port}"
+    try:
+        run.start_broker()
+        run.start_worker("w", "--kernels", str(KERNELS))
+        body = run.wait_ready("w")
+        with run.client() as client:
+            assert np.array_equal(client.call("echo", x=x), x)
+            assert client._line.session.memory.arena is None
+        assert not body["shared"]["is_possible"]
+    finally:
+        run.stop()
 
 
 def test_nothing_leaks_over_many_calls(ps: Client) -> None:
