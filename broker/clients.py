@@ -25,14 +25,18 @@ from penstock.broker.protocol import (
     Heartbeat,
     Hello,
     Outcome,
+    Partial,
     Refused,
     Reply,
+    Results,
+    Share,
     Status,
     Submit,
     Welcome,
 )
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.settlement import Settlement, Span
+from penstock.broker.sharing import Unshared
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece, Run
 from penstock.broker.wire import Message
@@ -71,12 +75,15 @@ class Clients:
     def __len__(self) -> int:
         return len(self._by_secret)
 
+    def sessions(self) -> Iterable[ClientSession]:
+        return self._by_secret.values()
+
     # --- messages --------------------------------------------------------------------------------------------------
 
-    def receive(self, route: Route, principal: str, m: Message, now: float) -> None:
-        """Act on one message from the front socket."""
+    def receive(self, route: Route, principal: str, m: Message, now: float, pid: int = 0) -> None:
+        """Act on one message from the front socket. `pid` is the peer's process as the kernel knows it, or 0."""
         if isinstance(m, Hello | Attach):
-            self._enter(route, principal, m, now)
+            self._enter(route, principal, m, now, pid)
             return
         session = self.by_route.get(route)
         if session is None:
@@ -99,6 +106,8 @@ class Clients:
             case Control():
                 error = self._control(m.op, m.target, now)
                 self.state.send(FRONT, route, Reply(request=m.request, error=error))
+            case Share():
+                self.state.sharing.share(session, m, pid)
             case Goodbye():
                 self._leave(session)
 
@@ -107,7 +116,7 @@ class Clients:
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
-    def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float) -> None:
+    def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
         key = (principal, m.secret)
         session = self._by_secret.get(key)
         if session is None and len(self._by_secret) >= self.state.config.max_clients:
@@ -132,13 +141,17 @@ class Clients:
         }  # fmt: skip
         welcome = Welcome(
             epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, limits=limits,
-            credit=self._admission.credit(session), unknown=unknown,
+            credit=self._admission.credit(session), unknown=unknown, shared=self.state.sharing.offer(session, config, pid),
         )  # fmt: skip
         self.state.send(FRONT, route, welcome)
         if isinstance(m, Attach):
             session.acknowledge(m.received if is_resumed else 0)
             for message in session.outbox:
-                self.state.send(FRONT, route, message)
+                self._send_again(session, message)
+
+    def _send_again(self, session: ClientSession, message: Results | Partial) -> None:
+        """All in frames: perhaps it is asked for again because shared memory could not be read."""
+        self.state.send(FRONT, session.route, self.state.sharing.readable_message(message, session, is_inlined=True))
 
     def _unknown(self, session: ClientSession, open_ids: bytes) -> bytes:
         ids = [open_ids[i : i + ID_BYTES] for i in range(0, len(open_ids), ID_BYTES)]
@@ -164,7 +177,14 @@ class Clients:
         session.is_closed = True
         session.account.num_sessions -= 1
         session.outbox.clear()
+        self.state.sharing.leave(session)
         self._closing.append(session)
+
+    def lose_process(self, pid: int) -> None:
+        """The kernel says that this process has ended: with it go the sessions that share its memory."""
+        for session in [s for s in self._by_secret.values() if s.sharer is not None and s.sharer.pid == pid]:
+            self.state.counters["lost_clients"] += 1
+            self._leave(session)
 
     def forgive(self, pause_s: float, now: float) -> None:
         """The broker itself stood still: nobody else is to blame for it."""
@@ -200,6 +220,8 @@ class Clients:
         session.acknowledge(m.ack)
         num_rows, num_bytes = m.block.num_rows, m.block.nbytes
         try:
+            if m.block.layout.num_framed:
+                self._adopt(session, m)
             if self._is_repeat(session, m):
                 return
             self._admission.check(session, m, num_rows, num_bytes, now)
@@ -225,6 +247,12 @@ class Clients:
         if entry is not None and entry.run is not None:
             self._catch_up(run, entry, now)
 
+    def _adopt(self, session: ClientSession, m: Submit) -> None:
+        try:
+            self.state.sharing.adopt(session, [m.block], self.state.config)
+        except Unshared as e:
+            raise Refusal(Code.UNSHARED, str(e)) from None
+
     def _catch_up(self, follower: Run, entry: Entry, now: float) -> None:
         """Give a run the outcomes that its twin, still open, has had already."""
         for outcome in list(entry.outcomes):
@@ -244,7 +272,7 @@ class Clients:
             seq = session.finished[m.id]
             for message in session.outbox:
                 if message.seq == seq:
-                    self.state.send(FRONT, session.route, message)
+                    self._send_again(session, message)
         elif m.wants_accepted:
             self.state.send(FRONT, session.route, Accepted(id=m.id))
         return True
@@ -338,7 +366,7 @@ class Clients:
         results = session.add_result(outcomes, self._admission.credit(session))
         for run_id in finished:
             session.finished[run_id] = results.seq
-        self.state.send(FRONT, session.route, results)
+        self.state.send(FRONT, session.route, self.state.sharing.readable_message(results, session))
 
     def deliver_partial(self, piece: Piece, outcome: Outcome) -> None:
         """A piece of a streaming answer, if its client wants them."""
@@ -346,7 +374,7 @@ class Clients:
         if piece.run.wants_partials and not session.is_closed:
             partial = session.add_partial(outcome)
             if partial is not None:
-                self.state.send(FRONT, session.route, partial)
+                self.state.send(FRONT, session.route, self.state.sharing.readable_message(partial, session))
 
     # --- status ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from penstock.broker.wire import MAX_ROWS
 NEEDS_RESTART: Final = ("url", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes")
 """Settings that sockets, peers and the journal were given once, and cannot be given again."""
 _NO_NUMBERS: Final = ("url", "metrics", "state_dir")
-_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s")
+_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s", "shared_bytes")
 _HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
 
 
@@ -36,6 +36,12 @@ class BrokerConfig:
     """Results of one session that wait for its acknowledgement; past it the session may not submit."""
     max_message_bytes: int = 256 << 20
     """Largest frame from a peer."""
+    shared_bytes: int = 256 << 20
+    """Shared memory of one session on this machine (ipc, Linux); 0: all payload goes through the sockets."""
+    shared_total_bytes: int = 4 << 30
+    """Of all sessions."""
+    shared_min_bytes: int = 1 << 20
+    """From this size on an array goes through shared memory."""
     max_rows_per_run: int = MAX_ROWS
     max_clients: int = 10_000
     max_workers: int = 256

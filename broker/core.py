@@ -4,10 +4,12 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from penstock.broker import reports
 from penstock.broker.clients import Clients
+from penstock.broker.columns import Block
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
@@ -19,6 +21,7 @@ from penstock.broker.scheduling.overload import CoDel
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import Route
 from penstock.broker.settings import SettingsError
+from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
 from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
@@ -57,7 +60,7 @@ class PeerLost:
 
 @record
 class ProcessEnded:
-    """The kernel says that a worker's process has ended."""
+    """The kernel says that a process has ended: a worker's, or that of a client that shares memory."""
 
     pid: int
 
@@ -78,7 +81,8 @@ Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop
 class Core:
     """See the module. `epoch` is drawn by the shell: below 2**31, different at every start.
 
-    `configuration` reads the settings again when asked to; without one there is nothing to reload.
+    `configuration` reads the settings again when asked to; without one there is nothing to reload. `memory` opens what peers
+    on this machine share; without it nothing is.
     """
 
     def __init__(
@@ -91,13 +95,14 @@ class Core:
         pid: int = 0,
         configuration: Configuration | None = None,
         metrics: Metrics | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         self.pid = pid
         self._configuration = configuration
         if policy is None:
             policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
         journal = journal or MemoryJournal(config.dedup_window_s, config.dedup_bytes)
-        self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics())
+        self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics(), memory)
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
         self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control)
@@ -122,6 +127,7 @@ class Core:
                 side.lose_route(event.route)
             case ProcessEnded():
                 self.workers.lose_process(event.pid, now)
+                self.clients.lose_process(event.pid)
             case Stop():
                 self._stop()
         actions, self.state.actions = self.state.actions, []
@@ -130,7 +136,7 @@ class Core:
     def _receive(self, event: Received, now: float) -> None:
         try:
             if event.side == FRONT:
-                self.clients.receive(event.route, event.principal, event.message, now)
+                self.clients.receive(event.route, event.principal, event.message, now, event.pid)
             else:
                 self.workers.receive(event.route, event.principal, event.message, now, event.pid)
         except ProtocolError as e:
@@ -161,6 +167,7 @@ class Core:
             if regression is not None:
                 self._roll_back(regression, now)
         self._has_more = self.dispatch.run(now)
+        self.state.sharing.flush()
 
     def _give_up(self, piece: Piece, error: Error, now: float) -> None:
         self.clients.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
@@ -288,6 +295,7 @@ class Core:
             **reports.of_scheduling(state, now),
             "workers": self.workers.report(),
             "kernels": {name: dict(spec.wire) for name, spec in state.kernels.known.items()},
+            "shared": state.sharing.report(),
             "counters": dict(state.counters),
             **({} if self._configuration is None else {"config": self._configuration.report(now)}),
         }  # fmt: skip
@@ -299,6 +307,7 @@ class Core:
         state, config = self.state, self.state.config
         state.ledger.check(now)
         self._check_nothing_is_forgotten()
+        state.sharing.check(self._blocks())
         assert state.ledger.num_open <= config.max_queue_rows and state.ledger.open_bytes <= config.max_queue_bytes
         for route, session in self.clients.by_route.items():
             assert session.route == route and not session.is_closed
@@ -316,6 +325,14 @@ class Core:
                 leased = [le for le in worker.leases.values() if le.mode == "stream" and le.queue.kind[:2] == kind]
                 assert len(leased) == count <= leased[0].queue.spec.max_batch_size
         assert all(lease.worker.secret in self.workers.by_secret for lease in state.ledger.leases.values())
+
+    def _blocks(self) -> Iterator[Block]:
+        """All payload that is held: of tasks, of leases, and of results that were not acknowledged."""
+        ledger = self.state.ledger
+        yield from (run.request.block for run in ledger.runs())
+        yield from (block for lease in ledger.leases.values() for block in lease.lent or ())
+        for session in self.clients.sessions():
+            yield from (o.block for m in session.outbox for o in m.outcomes if o.block is not None)
 
     def _check_nothing_is_forgotten(self) -> None:
         """What is queued is in a queue that somebody serves, or waits for its kernel or for its twin."""

@@ -44,7 +44,7 @@ class Journal(Protocol):
 
 def digest_of(m: Submit) -> bytes:
     """What makes two submissions equal: everything but id, time limit and delivery options."""
-    made = blake2b(msgpack.packb([m.kernel, m.statics, m.block.describe(), dict(m.scalars), m.wants_partials]), digest_size=16)
+    made = blake2b(msgpack.packb([m.kernel, m.statics, m.block.content(), dict(m.scalars), m.wants_partials]), digest_size=16)
     for frame in m.block.frames:
         made.update(view(frame))
     return made.digest()

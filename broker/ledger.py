@@ -133,6 +133,7 @@ class Ledger:
         for piece in lease.pieces:
             piece.lease = None
         lease.pieces = []
+        lease.lent = None
 
     def requeue(self, piece: Piece) -> None:
         """A leased piece goes back to its queue."""

@@ -22,8 +22,9 @@ from penstock.broker.files import Keeper, Learner, broker_folder, default_state_
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.pages import pages_of
 from penstock.broker.processes import Processes
-from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, Attach, Hello, WorkerHeartbeat, WorkerHello
+from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, Attach, Hello, Share, WorkerHeartbeat, WorkerHello
 from penstock.broker.responder import Responder
+from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
 from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
@@ -61,6 +62,7 @@ class Server:
         self.core = Core(
             settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, pid=os.getpid(),
             configuration=Configuration(settings, load, now), metrics=Metrics() if settings.broker.metrics else NoMetrics(),
+            memory=host_memory() if address.is_ipc else None,
         )  # fmt: skip
         self.longest_turn_s = 0.0
         self._lock: Any = None
@@ -209,7 +211,7 @@ class Server:
             self.core.state.counters["longest_turn_us"] = int(took * 1e6)
 
     def _take_other(self, fd: int) -> None:
-        """Something other than a message: a signal of ours, the end of a worker's process, or somebody with HTTP."""
+        """Something other than a message: a signal of ours, the end of a peer's process, or somebody with HTTP."""
         if fd == self._signals.fd:
             self._signals.drain()
         elif self._responder.owns(fd):
@@ -232,9 +234,9 @@ class Server:
             self._handle(Malformed(side, route, str(e)))
             return
         principal, pid = "", 0
-        if isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat):
+        if isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
             principal, pid = self._identify(first)
-        if isinstance(message, WorkerHello):
+        if isinstance(message, WorkerHello | Share):
             self._processes.watch(pid)
         self._handle(Received(side, route, principal, message, pid))
 

@@ -2,13 +2,16 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.broker.protocol import Outcome, Partial, Results
 from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.lanes import Kind
 from penstock.broker.spec import Spec
 from penstock.broker.tasks import Lease, Run
+
+if TYPE_CHECKING:
+    from penstock.broker.sharing import Sharer
 
 Route = bytes
 MAX_OUTCOMES_MERGED = 256
@@ -56,7 +59,7 @@ class ClientSession:
     __slots__ = (
         "account", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes", "outbox", "principal",
         "returned_bytes",
-        "returned_rows", "route", "runs", "secret", "sent_seq", "used_bytes", "used_rows",
+        "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes", "used_rows",
     )  # fmt: skip
 
     def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float, account: Account) -> None:
@@ -72,6 +75,7 @@ class ClientSession:
         self.outbox: deque[Results | Partial] = deque()
         self.finished: dict[bytes, int] = {}
         self.num_unacked_bytes = 0
+        self.sharer: Sharer | None = None
         self.used_rows = self.used_bytes = self.returned_rows = self.returned_bytes = 0
 
     def leave_route(self) -> None:
@@ -122,7 +126,7 @@ class WorkerSession:
     __slots__ = (
         "assigned_batches", "assigned_bytes", "batches", "credit_batches", "credit_bytes", "device", "facts", "is_draining",
         "is_ready", "kinds", "last_seen", "leases", "memory", "name", "num_bytes", "num_done", "num_failed", "pid",
-        "principal", "progress", "progress_at", "resident", "route", "secret", "specs", "streams",
+        "principal", "progress", "progress_at", "resident", "route", "secret", "sharer", "specs", "streams",
     )  # fmt: skip
 
     def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float) -> None:
@@ -145,6 +149,7 @@ class WorkerSession:
         self.batches = self.num_bytes = 0
         self.progress = -1
         self.num_done = self.num_failed = 0
+        self.sharer: Sharer | None = None
 
     @property
     def state(self) -> str:

@@ -4,10 +4,12 @@ Knows credit, idempotency keys and runs that share an answer. Does not know addr
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from penstock.broker.columns import Block, gather
+from penstock.broker.columns import Block, any_shared, gather
 from penstock.broker.protocol import Outcome
 from penstock.broker.sessions import ClientSession
+from penstock.broker.shared import DESCRIPTOR_BYTES
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import CANCELLED, EXPIRED, QUEUED, Piece, Run
 from penstock.broker.wire import MAX_ROWS
@@ -69,7 +71,10 @@ class Settlement:
         if self._outcome in (CANCELLED, EXPIRED):
             self._state.journal.forget(run)
         else:
-            self._state.journal.record(run, [self.outcome([span])])
+            outcome = self.outcome([span])
+            if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
+                outcome = replace(outcome, block=outcome.block.copied())
+            self._state.journal.record(run, [outcome])
 
     def _pass_on(self, follower: Run, start: int, stop: int, at: int) -> None:
         """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""
@@ -87,6 +92,8 @@ class Settlement:
         block = self._answer.block
         num_ragged = 0 if block is None else sum(n is not None for n in block.lengths)
         row_bytes = MAX_LENGTH_BYTES * num_ragged
+        if block is not None and any_shared([block]):
+            row_bytes += DESCRIPTOR_BYTES * block.layout.num_framed
         if self.num_rows <= MAX_ROWS and SPAN_BYTES * len(spans) + row_bytes * self.num_rows <= MAX_PORTION_BYTES:
             yield spans
             return

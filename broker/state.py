@@ -13,7 +13,8 @@ from penstock.broker.scheduling.events import EventLog
 from penstock.broker.scheduling.overload import CoDel
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.scheduling.quotas import Quotas
-from penstock.broker.sessions import Route, WorkerSession
+from penstock.broker.sessions import ClientSession, Route, WorkerSession
+from penstock.broker.sharing import HostMemory, Sharing
 from penstock.broker.wire import Message, record
 
 FRONT, BACK = "front", "back"
@@ -48,7 +49,14 @@ class BrokerState:
     """One per core. Holds no rules: `Clients`, `Workers` and `Dispatch` do."""
 
     def __init__(
-        self, config: BrokerConfig, epoch: int, now: float, policy: PullPolicy, journal: Journal, metrics: Metrics
+        self,
+        config: BrokerConfig,
+        epoch: int,
+        now: float,
+        policy: PullPolicy,
+        journal: Journal,
+        metrics: Metrics,
+        memory: HostMemory | None = None,
     ) -> None:
         self.config = config
         self.metrics = metrics
@@ -60,6 +68,7 @@ class BrokerState:
         self.kernels = KernelTable()
         self.workers: dict[bytes, WorkerSession] = {}
         self.counters: Counter[str] = Counter()
+        self.sharing = Sharing(memory, self._send_to)
         self.events = EventLog()
         self.breakers = Breakers()
         self.codel = CoDel(policy.config.wait_budgets_s())
@@ -71,6 +80,9 @@ class BrokerState:
     def serving(self) -> list[WorkerSession]:
         """The workers that may be given work."""
         return [w for w in self.workers.values() if w.is_serving]
+
+    def _send_to(self, session: ClientSession | WorkerSession, message: Message) -> None:
+        self.send(FRONT if isinstance(session, ClientSession) else BACK, session.route, message)
 
     def send(self, side: str, route: Route | None, message: Message) -> None:
         """Ask the shell to send; a peer that is away gets nothing."""

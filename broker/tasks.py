@@ -127,8 +127,8 @@ class Lease:
     """A batch in the hands of one worker session. `token` is the fence: no answer under another one counts."""
 
     __slots__ = (
-        "assigned_at", "attempt", "batch", "began_at", "is_cancelled", "mode", "num_answered", "num_bytes",
-        "num_failed", "num_rows", "part", "pieces", "queue", "token", "worker",
+        "assigned_at", "attempt", "batch", "began_at", "is_cancelled", "is_unshared", "lent", "mode", "num_answered",
+        "num_bytes", "num_failed", "num_rows", "part", "pieces", "queue", "token", "worker",
     )  # fmt: skip
 
     def __init__(self, token: int, worker: "WorkerSession", batch: "Batch", pieces: list[Piece], now: float) -> None:
@@ -146,7 +146,9 @@ class Lease:
         self.assigned_at = now
         self.began_at: float | None = now
         """When its worker turned to it, as far as the broker can tell; None while it waits behind another batch there."""
-        self.is_cancelled = False
+        self.is_cancelled = self.is_unshared = False
+        self.lent: list[Block] | None = None
+        """What its worker reads in shared memory: not given back before the lease ends, whatever becomes of the tasks."""
 
     def left_ms(self, now: float) -> float:
         """How long it is predicted to go on."""

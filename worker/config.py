@@ -49,6 +49,7 @@ class WorkerConfig:
         slots: batches in flight on the device; 0 = one after another; None = 3 on cuda, 0 elsewhere.
         pool_bytes: pinned host memory for batches in flight, and as much on the device; without slots none is taken.
         scrub: what becomes of clients' bytes in that memory: zero (before another client has it), poison, none.
+        shared_bytes: memory that large results may take on their way to clients on this machine; 0: all go through the socket.
         parent: process id of the starter; the worker ends when that is no longer its parent.
         log_level: debug, info, warning or error.
     """
@@ -65,6 +66,7 @@ class WorkerConfig:
     slots: int | None = None
     pool_bytes: int = 256 * 1024 * 1024
     scrub: str = "zero"
+    shared_bytes: int = 256 * 1024 * 1024
     parent: int | None = None
     log_level: str = "info"
 
@@ -83,6 +85,8 @@ class WorkerConfig:
             raise ValueError(f"pool_bytes must be 1048576 or more, not {self.pool_bytes}")
         if self.scrub not in SCRUBS:
             raise ValueError(f"scrub must be one of {', '.join(SCRUBS)}, not {self.scrub!r}")
+        if not 0 <= self.shared_bytes <= MAX_COUNT:
+            raise ValueError(f"shared_bytes must not be negative, not {self.shared_bytes}")
         if self.parent is not None and self.parent < 1:
             raise ValueError(f"parent must be a process id, not {self.parent}")
         if self.log_level not in LOG_LEVELS:

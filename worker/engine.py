@@ -15,6 +15,7 @@ from penstock.worker import devices
 from penstock.worker.config import StartError, WorkerConfig, default_state_dir, parse_options, parse_precision
 from penstock.worker.devices.timeline import Timeline, timeline
 from penstock.worker.flights import Flight, Flights
+from penstock.worker.pinned import Pins
 from penstock.worker.pipeline import Pipeline
 from penstock.worker.pool import Pool, Scrub, pinned, plain
 from penstock.worker.precision import precisions
@@ -32,6 +33,7 @@ class Engine:
         specs: the kernels as `ready` offers them.
         facts: the device as `ready` describes it.
         flights: batches in flight; None on a device without streams, which runs one batch after another.
+        pins: clients' memory that the device may read by itself.
     """
 
     def __init__(self, config: WorkerConfig, announce: Callable[[Resident], None]) -> None:
@@ -55,6 +57,7 @@ class Engine:
         self.runner = Runner(kernels, self.device, state_dir, announce, precise)
         self.streams = Streams(self.runner)
         self.flights = None if streams is None else take_off(self.runner, streams, num_slots, config.pool_bytes, config.scrub)
+        self.pins = Pins(self.device)
         devices.warm_up(self.device)
         # What exists now stays for good: the collector need not look at it again and again.
         gc.collect()

@@ -77,9 +77,10 @@ class Flight:
             raise
 
     def _stage(self) -> None:
-        """Take the buffers and gather the inputs in the pinned one; those that are pinned go from where they lie."""
+        """Take the buffers and gather the inputs in the pinned one; those that are pinned go from where they lie, and what
+        came out of pinned shared memory is there already."""
         flights, principal = self._flights, self.batch.assign.principal
-        tensors = {name: value for name, value in self._inputs.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: x for name, x in self._inputs.items() if isinstance(x, torch.Tensor) and not x.is_cuda}
         is_direct = {name: x.nbytes >= DIRECT_BYTES and x.is_pinned() for name, x in tensors.items()}
         order = sorted(tensors, key=lambda name: is_direct[name])
         offsets, num_bytes = _laid_out([tensors[name] for name in order])

@@ -31,6 +31,10 @@ AHEAD_MS = 2.0
 SMOOTHING = 0.2
 
 
+Encoded = tuple[list[Buffer], Sequence[Answer]]
+"""The frames of a message, and the answers in it."""
+
+
 class LinkError(Exception):
     """A move that the table does not allow."""
 
@@ -99,11 +103,12 @@ class Final:
 
 @dataclass(slots=True)
 class Held:
-    """A lease whose answer has not left. `num_bytes` is what it takes of the credit."""
+    """A lease whose answer has not left. `num_bytes` is what it takes of the credit; `is_unshared`: it goes in frames."""
 
     is_stream: bool
     num_rows: int
     num_bytes: int
+    is_unshared: bool = False
 
 
 class Link:
@@ -162,11 +167,11 @@ class Link:
             return False
         num_rows = sum(block.num_rows for block in assign.blocks)
         num_bytes = sum(block.nbytes for block in assign.blocks)
-        self.held[assign.lease] = Held(assign.mode == "stream", num_rows, num_bytes)
+        self.held[assign.lease] = Held(assign.mode == "stream", num_rows, num_bytes, assign.is_unshared)
         return True
 
-    def encode(self, final: Final) -> list[list[Buffer]]:
-        """The frames of the messages that answer a lease; the last one carries new credit.
+    def encode(self, final: Final) -> list[Encoded]:
+        """The messages that answer a lease; the last one carries new credit.
 
         Nothing, if the lease has been forgotten meanwhile.
         """
@@ -185,10 +190,10 @@ class Link:
 
 def encode_answers(
     lease: int, answers: Sequence[Answer], timings: Mapping[str, Any], credit: tuple[int, int]
-) -> list[list[Buffer]]:
+) -> list[Encoded]:
     """The answers as `final` messages: one, or as many as the limit on headers asks for."""
     try:
-        return [encode(WorkerFinal(lease=lease, answers=answers, timings=timings, credit=credit))]
+        return [(encode(WorkerFinal(lease=lease, answers=answers, timings=timings, credit=credit)), answers)]
     except ProtocolError:
         first, second = _halves(answers)
     return encode_answers(lease, first, timings, (0, 0)) + encode_answers(lease, second, timings, credit)

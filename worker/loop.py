@@ -9,7 +9,7 @@ import logging
 import select
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,10 @@ import zmq
 
 from penstock.broker import protocol
 from penstock.broker.address import Address
-from penstock.broker.protocol import Assign, CancelLease, Code, Error, Fault, Welcome
+from penstock.broker.columns import Buffer
+from penstock.broker.peer_memory import PeerMemory
+from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
+from penstock.broker.segments import Segment
 from penstock.broker.wire import Message, ProtocolError, decode, encode
 from penstock.worker.config import StartError, WorkerConfig
 from penstock.worker.heartbeat import Heart
@@ -68,6 +71,7 @@ class Worker:
         self._config = config
         self._address = address
         self._link = Link(config.session_name, config.device, config.max_bytes)
+        self._memory = PeerMemory(config.shared_bytes, is_writable=config.device not in ("cpu", "mps"))
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket = dealer(self._context, address.back)
         self._monitor = Monitor(self._socket)
@@ -105,7 +109,7 @@ class Worker:
             self._greet()
             from penstock.worker.work import Work  # torch is loaded while the broker knows us as starting
 
-            self._work = Work(self._config, self._link, self._send)
+            self._work = Work(self._config, self._link, self._memory, self._send)
             gc.collect()
             gc.freeze()  # torch's some hundred thousand objects are not walked again by every full collection
             engine = self._work.engine
@@ -168,6 +172,7 @@ class Worker:
         else:
             log.info("worker %s ended: %s", name, reason)
         self._heart.stop()
+        self._unpin(self._memory.close())
         self._monitor.close()
         self._socket.close()
         self._context.term()
@@ -202,6 +207,7 @@ class Worker:
             self._num_signals = 1
         if self._num_signals and self._drain_asked_at is None:
             self._drain_asked_at = time.monotonic()
+            self._memory.is_ending = True  # the broker may look at the last answers when this process is gone
             log.info("worker %s drains: %d leases to finish", self._config.session_name, len(self._link.held))
             if self._link.state == ATTACHED:
                 self._send(encode(protocol.Drain()))
@@ -300,11 +306,17 @@ class Worker:
             if not isinstance(item, Final):
                 if not send(self._socket, item):
                     return
-            elif all(send(self._socket, frames) for frames in self._link.encode(item)):
+            elif all(self._send_answers(frames, answers) for frames, answers in self._link.encode(item)):
                 self._link.sent(item)
             else:
                 return  # as a whole once more: the broker drops what it has had
             outbox.popleft()
+
+    def _send_answers(self, frames: list[Buffer], answers: Sequence[Answer]) -> bool:
+        if not send(self._socket, frames):
+            return False
+        self._memory.lend(answer.block for answer in answers if answer.block is not None)
+        return True
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -329,8 +341,10 @@ class Worker:
                 self._work.cancel(message.lease)
         elif isinstance(message, Welcome):
             self._on_welcome(message)
+        elif isinstance(message, protocol.Release):
+            self._unpin(self._memory.release(message))
         elif isinstance(message, protocol.Drain):
-            self._is_drained = True
+            self._is_drained = self._memory.is_ending = True
             self._drain_asked_at = self._drain_asked_at or time.monotonic()
         elif isinstance(message, protocol.Goodbye):
             log.info("the broker says goodbye: %s", message.reason or "no reason given")
@@ -345,11 +359,16 @@ class Worker:
                 log.warning("the broker does not know of %d leases held here: they are dropped", num_held)
         if self._link.state != WELCOME:
             return
+        self._unpin(self._memory.welcome(welcome.shared))
         self._heart.begin(welcome.heartbeat_ms)
         if self._is_away_logged:
             how = "with the same session" if welcome.is_resumed else "with a new session"
             log.info("the broker is back %s, epoch %d", how, welcome.epoch)
         self._is_away_logged, self._was_welcome = False, True
+
+    def _unpin(self, segments: list[Segment]) -> None:
+        if self._work is not None:
+            self._work.engine.pins.unpin(segments)
 
     def _take(self, assign: Assign) -> None:
         if self._work is None:
@@ -365,6 +384,9 @@ class Worker:
     def _get_ready(self, work: "Work") -> None:
         """Offer the kernels and say what is held; then everything that waited for the session."""
         engine = work.engine
+        if self._memory.is_on and not send(self._socket, encode(self._memory.share())):
+            self._link.lost()
+            return
         message = encode(self._link.ready(engine.specs, engine.runner.resident, engine.facts))
         if not send(self._socket, message):
             self._link.lost()

@@ -7,11 +7,14 @@ thread of the data loop.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from penstock.broker.columns import Buffer
+from penstock.broker.columns import Buffer, any_shared
+from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, Code, Error, Resident, WorkerPartial
+from penstock.broker.segments import SegmentError
+from penstock.broker.shared import DescriptorError
 from penstock.broker.wire import encode
 from penstock.worker.config import WorkerConfig
 from penstock.worker.engine import Engine
@@ -29,6 +32,7 @@ class Work:
     """What this worker has taken and not answered.
 
     Args:
+        memory: what is shared with this machine's clients.
         send: takes what is to be sent, in order: the frames of a message, or the answers to a lease.
 
     Attributes:
@@ -38,13 +42,14 @@ class Work:
         has_suspects: it broke under several batches, and no answer says which is to blame: the broker has to find out.
     """
 
-    def __init__(self, config: WorkerConfig, link: Link, send: Callable[[Outgoing], None]) -> None:
+    def __init__(self, config: WorkerConfig, link: Link, memory: PeerMemory, send: Callable[[Outgoing], None]) -> None:
         self.engine = Engine(config, self._announce)
         self.progress = 0
         self.is_in_kernel = False
         self.fault: Failure | None = None
         self.has_suspects = False
         self._link = link
+        self._memory = memory
         self._send = send
         self._waiting: deque[tuple[Assign, float]] = deque()
         self._stalled: Assign | None = None
@@ -74,6 +79,8 @@ class Work:
         if not self._link.on_assign(assign):
             log.warning("ignored lease %d: it is held already, or of another session", assign.lease)
             return
+        if any_shared(assign.blocks) and not self._open(assign):
+            return
         received_at = time.perf_counter()
         if assign.mode != "stream":
             self._waiting.append((assign, received_at))
@@ -82,6 +89,30 @@ class Work:
             ended = self.engine.streams.open(assign, received_at)
         if ended is not None:
             self._end(ended)
+
+    def _open(self, assign: Assign) -> bool:
+        """Open what the rows of a lease lie in; if that cannot be, it is answered: they come again in frames."""
+        try:
+            for block in assign.blocks:
+                self.engine.pins.pin(self._memory.opened.attach(block.frames))
+        except (SegmentError, DescriptorError) as e:
+            self._memory.turn_off(str(e))
+            num_rows = self._link.held[assign.lease].num_rows
+            self._send(Final(assign.lease, [Answer(0, num_rows, error=Error(Code.UNSHARED, str(e)))], {"num_runs": 0}))
+            return False
+        return True
+
+    def _placed(self, lease: int, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """The answers with large rows where those who wait can read them."""
+        held = self._link.held.get(lease)
+        if self._memory.arena is None or held is None or held.is_unshared:
+            return answers
+        if not any(a.block is not None and a.block.layout.num_framed for a in answers):
+            return answers
+        placed = [a if a.block is None else Answer(a.start, a.stop, self._memory.place_rows(a.block)) for a in answers]
+        if self._memory.must_tell:
+            self._send(encode(self._memory.share()))
+        return placed
 
     def cancel(self, lease: int) -> None:
         """A batch that has not begun and a stream end here; a batch under way is finished."""
@@ -117,7 +148,7 @@ class Work:
         self.is_in_kernel = False
         self.progress += 1
         self._link.credit.measure((time.perf_counter() - began) * 1e3 - clock.load_ms)
-        self._send(Final(assign.lease, answers, clock.timings()))
+        self._send(Final(assign.lease, self._placed(assign.lease, answers), clock.timings()))
         self.fault = self.fault or fault
         return True
 
@@ -186,7 +217,7 @@ class Work:
         if ended.fault is not None and self.is_flying:
             self.has_suspects = True  # a batch in flight may be to blame as well
             return
-        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
+        self._send(Final(ended.lease, self._placed(ended.lease, [ended.answer]), ended.clock.timings()))
 
     def _announce(self, resident: Resident) -> None:
         was_in_kernel, self.is_in_kernel = self.is_in_kernel, False  # a signal must not cut a message in two

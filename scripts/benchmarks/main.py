@@ -20,6 +20,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
     "prediction": ("prediction", {}),
     "kernels": ("kernel_bench", {"device": "device", "ops": "ops", "quick": "is_quick", "pairs": "num_rounds"}),
+    "shared": ("shared", {"pairs": "num_pairs"}),
     "peers": ("peers", {"seconds": "seconds"}),
 }
 """What there is: its module, and which options its `measure` takes under which names."""
@@ -47,6 +48,7 @@ def main() -> int:
         "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
         "worker can do. policy: what a decision costs. prediction: measured times of the built-in kernels. "
         "kernels: each kernel's correctness, then its time against the device's floor and against other implementations. "
+        "shared: large arrays through shared memory against the socket. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )
     p.add_argument("what", nargs="?", default="throughput", choices=tuple(BENCHES))

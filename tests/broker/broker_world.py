@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fake_memory import FakeHost
+
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
@@ -92,9 +94,17 @@ class Declared(Predictor):
 class World:
     """One core, its peers, and the time."""
 
-    def __init__(self, scheduling: SchedulingConfig = WHOLE_BATCHES, predictor: Predictor | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        scheduling: SchedulingConfig = WHOLE_BATCHES,
+        predictor: Predictor | None = None,
+        memory: FakeHost | None = None,
+        **config: Any,
+    ) -> None:
         self.now = START
-        self.core = Core(BrokerConfig(**config), epoch=7, now=self.now, policy=PullPolicy(scheduling, predictor))
+        self.memory = memory
+        policy = PullPolicy(scheduling, predictor)
+        self.core = Core(BrokerConfig(**config), epoch=7, now=self.now, policy=policy, memory=memory)
         self.peers: dict[tuple[str, bytes], Peer] = {}
         self.numbers = itertools.count(1)
 
@@ -148,6 +158,8 @@ class World:
         types = {FRONT: p.TO_CLIENT, BACK: p.TO_WORKER}
         for action in actions:
             message = decode(types[action.side], encode(action.message))
+            if self.memory is not None:
+                self.memory.read(message)
             peer = self.peers.get((action.side, action.route))
             if peer is None:
                 self._deliver(self.core.handle(PeerLost(action.side, action.route), self.now))
@@ -218,8 +230,9 @@ class Got:
 class FakeClient(Peer):
     """Drops what it has had by seq, checks order, and files outcomes under (id, row)."""
 
-    def __init__(self, world: World, name: str, principal: str, is_connected: bool = True) -> None:
+    def __init__(self, world: World, name: str, principal: str, is_connected: bool = True, pid: int = 0) -> None:
         super().__init__(world, name, principal)
+        self.pid = pid
         self.received = self.num_duplicates = 0
         self.epoch = 0
         self.credit: Sequence[int] = (0, 0)

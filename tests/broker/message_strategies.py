@@ -89,6 +89,8 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "key": st.none() | st.binary(min_size=1, max_size=128),
     "leases": st.lists(COUNTS, max_size=5), "limits": MAPS, "load_ms": st.floats(0, 1e9), "heartbeat_ms": st.floats(0, 1e9),
     "memory": MAPS, "mode": st.text(min_size=1, max_size=16), "name": NAMES, "kernel": NAMES, "op": NAMES, "state": NAMES,
+    "shared": MAPS, "segments": st.lists(COUNTS, max_size=4), "slots": st.lists(COUNTS, max_size=4),
+    "is_unshared": st.booleans(),
     "what": st.sampled_from(["", "tasks"]),
     "open": st.binary(max_size=64), "unknown": st.binary(max_size=64), "outcomes": st.lists(outcomes(), max_size=3),
     "principal": st.text(max_size=99), "priority": st.integers(0, 9), "reason": st.text(max_size=99), "resident": MAPS,
