@@ -216,9 +216,13 @@ class Heartbeat(Message):
 
 @message("goodbye")
 class Goodbye(Message):
-    """The peer leaves for good: a client's open tasks are cancelled, a worker's leases return."""
+    """The peer leaves for good: a client's open tasks are cancelled, a worker's leases return.
+
+    `is_fault`: the worker's device is broken, and what it holds may be why: suspects, as if it had died.
+    """
 
     reason: str = wire(TEXT, default="")
+    is_fault: bool = wire(FLAG, default=False)
 
 
 @message("share")
@@ -479,6 +483,8 @@ class Assign(Message):
     attempt: int = wire(COUNT, default=1)
     traceparent: str | None = wire(text(64, can_be_nil=True), default=None)
     is_unshared: bool = wire(FLAG, default=False)
+    predicted_ms: float = wire(NUMBER, default=0.0)
+    """What the broker expects the batch to take; 0: it does not know."""
 
 
 @message("cancel")

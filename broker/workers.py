@@ -37,6 +37,10 @@ from penstock.broker.state import BACK, BrokerState
 from penstock.broker.tasks import DEAD, DONE, FAILED, LEASED, Lease, Piece
 from penstock.broker.wire import Message
 
+TOLD_MS = 100.0
+"""What is predicted to take less is not worth telling: a worker grants every batch seconds."""
+MAX_PREDICTED_MS = 1e12
+
 
 class Workers:
     """All worker sessions and their leases."""
@@ -85,7 +89,7 @@ class Workers:
             case Share():
                 self.state.sharing.share(worker, m, pid)
             case Goodbye():
-                self.lose(worker, "it said goodbye", now, is_suspect=False)
+                self.lose(worker, m.reason or "it said goodbye", now, is_suspect=m.is_fault)
 
     def _send_unattached(self, route: Route) -> None:
         error = Error(Code.UNATTACHED, "this address has no worker session: say hello, then ready")
@@ -133,7 +137,7 @@ class Workers:
         worker.facts, worker.resident = m.device, {k: str(v) for k, v in m.resident.items()}
         worker.device = str(m.device.get("device", worker.device))[:64]
         worker.is_ready = True
-        self.dispatch.arrived(worker)
+        self.dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
         for spec in specs:
             self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
@@ -220,6 +224,7 @@ class Workers:
             blocks=blocks, scalars=_scalars(lease.pieces), attempt=lease.attempt,
             principal=first.session.principal if queue.spec.is_scoped else "", traceparent=first.traceparent,
             is_unshared=worker.sharer is not None and not _is_readable(lease.pieces, worker),
+            predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
         )  # fmt: skip
         self.state.send(BACK, worker.route, assign)
 

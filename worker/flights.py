@@ -38,14 +38,13 @@ class Landed:
     """A batch that is through.
 
     Attributes:
-        answers: all of its rows, once each; None if nobody can tell what became of them: the device is broken, and this
-            was not the only batch on it.
+        answers: all of its rows, once each; none if the device is broken: the broker finds out which rows are to blame.
         fault: after which this process must end.
         lent: where the answers lie; to be released when they have left.
     """
 
     lease: int
-    answers: list[Answer] | None
+    answers: list[Answer]
     clock: Clock
     fault: Failure | None = None
     lent: Buffer | None = None
@@ -175,8 +174,9 @@ class Flights:
         self._runner = runner
         self._landed: list[Landed] = []
         self._fault: Failure | None = None
-        # Kernels that run with nothing else in flight: what must not run twice, and what returns the same memory again.
-        self._alone = {name for name, plan in runner.plans.items() if not plan.is_idempotent}
+        # Kernels that run with nothing else in flight: what must not run twice, what returns the same memory again, and
+        # what is scanned, which looks at the outputs.
+        self._alone = {name for name, plan in runner.plans.items() if not plan.is_idempotent} | set(runner.scans)
 
     def __len__(self) -> int:
         """Batches taken that have not come out."""
@@ -247,7 +247,9 @@ class Flights:
         """Submit a batch. If it cannot be: False, and why, if the batch itself is the reason; nothing else of it is left."""
         flight: Flight | None = None
         failure: Failure | None = None
-        name = batch.plan.name
+        name, is_first = batch.plan.name, not self.pipeline.num_in_flight
+        if is_first:
+            self._watch(batch)
         try:
             batched = batch.assemble(0, batch.num_rows)
             flight = Flight(self, batch, batched)
@@ -260,9 +262,15 @@ class Flights:
             self._alone.add(name)
         except Exception as e:
             failure = describe(name, e)
+        if is_first:
+            self._runner.watch.stop(False)
         if flight is not None and (failure is None or not failure.is_device_fault):
             flight.drop()
         return False, failure
+
+    def _watch(self, batch: Batch) -> None:
+        """The device turns to this batch: from now on it may take its time."""
+        self._runner.watch.start(batch.plan.name, batch.assign.predicted_ms)
 
     def _drain(self) -> None:
         while self.pipeline.num_in_flight:
@@ -276,6 +284,9 @@ class Flights:
         except Exception as e:
             failure = describe(batch.plan.name, e)
         else:
+            self._runner.watch.stop(True)
+            if self.pipeline.num_in_flight:
+                self._watch(self.pipeline.jobs[0].batch)
             self._arrive(flight, times)
             return
         self._crash(failure)
@@ -315,7 +326,7 @@ class Flights:
             failure: of its first run, if that says something about the batch: memory that other batches took does not.
         """
         if self._fault is not None:  # met while the others landed
-            self._landed.append(Landed(batch.assign.lease, None, batch.clock, self._fault))
+            self._landed.append(Landed(batch.assign.lease, _untold(batch, self._fault), batch.clock, self._fault))
             return
         if failure is not None and failure.is_out_of_memory:
             self._runner.recover_memory()
@@ -349,12 +360,16 @@ class Flights:
         return None
 
     def _lose(self, failure: Failure, *begun: Batch) -> None:
-        """The device is broken. The only batch on it is to blame; of several nobody knows which, and the broker finds out."""
+        """The device is broken, and nobody knows by which row of which batch."""
         self._fault = failure
-        batches = [*(flight.batch for flight in self.pipeline.abandon()), *begun]
-        for batch in batches:
-            answers = [Answer(0, batch.num_rows, error=failure.error)] if len(batches) == 1 else None
-            self._landed.append(Landed(batch.assign.lease, answers, batch.clock, failure))
+        self._runner.watch.stop(False)
+        for batch in [*(flight.batch for flight in self.pipeline.abandon()), *begun]:
+            self._landed.append(Landed(batch.assign.lease, _untold(batch, failure), batch.clock, failure))
+
+
+def _untold(batch: Batch, failure: Failure) -> list[Answer]:
+    """Of a batch that broke the device, or was there: what may run again is not answered, so that the broker separates it."""
+    return [] if batch.plan.is_idempotent else [Answer(0, batch.num_rows, error=failure.error)]
 
 
 def _owned(answer: Answer) -> Answer:

@@ -49,10 +49,13 @@ class Credit:
 
     Attributes:
         num_slots: batches that the device works on at once: copied in, computed, copied out.
+        is_pressed: memory is short: nothing is taken ahead.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.num_slots = 1
+        self.is_pressed = False
+        self._most = MAX_WINDOW
         self._max_bytes = max_bytes
         self._log_ms: float | None = None
         self._num_answered = 0
@@ -63,8 +66,13 @@ class Credit:
         """A `ready` follows: the broker counts from the batches that it lists."""
         self._num_answered = self._bytes_answered = self._granted = 0
 
+    def begin_slowly(self) -> None:
+        """After a fault: one batch at first, twice as many after each."""
+        self._most = 1
+
     def measure(self, took_ms: float) -> None:
         """A batch took so long, loading aside."""
+        self._most = min(2 * self._most, MAX_WINDOW)
         log_ms = math.log(max(took_ms, 1e-3))
         self._log_ms = log_ms if self._log_ms is None else self._log_ms + SMOOTHING * (log_ms - self._log_ms)
 
@@ -76,12 +84,15 @@ class Credit:
     @property
     def window(self) -> int:
         """Batches in flight, 1 to 4 on a device that works on one at a time."""
+        if self.is_pressed:
+            return 1
+        more = self.num_slots - 1 if self._most >= MAX_WINDOW else 0
         if self._log_ms is None:
-            return self.num_slots - 1 + FIRST_WINDOW
+            return more + min(FIRST_WINDOW, self._most)
         typical_ms = math.exp(self._log_ms)
         if typical_ms > SLOW_MS:
             return 1
-        return self.num_slots - 1 + min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / typical_ms))
+        return more + min(self._most, 1 + math.ceil(AHEAD_MS / typical_ms))
 
     def total(self, num_more: int = 0, more_bytes: int = 0) -> tuple[int, int]:
         """The cumulative [batches, bytes] that may be assigned, once so many more are answered.

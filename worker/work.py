@@ -21,7 +21,9 @@ from penstock.worker.engine import Engine
 from penstock.worker.failures import Failure
 from penstock.worker.flights import Flights, Landed
 from penstock.worker.link import Final, Link
+from penstock.worker.pressure import Pressure
 from penstock.worker.streams import Ended
+from penstock.worker.watch import Watch
 
 log = logging.getLogger("penstock.worker")
 
@@ -39,15 +41,15 @@ class Work:
         progress: grows with every batch and step; heartbeats carry it.
         is_in_kernel: a kernel runs, and may be interrupted by an exception.
         fault: the device is broken for good, and why.
-        has_suspects: it broke under several batches, and no answer says which is to blame: the broker has to find out.
     """
 
-    def __init__(self, config: WorkerConfig, link: Link, memory: PeerMemory, send: Callable[[Outgoing], None]) -> None:
-        self.engine = Engine(config, self._announce)
+    def __init__(
+        self, config: WorkerConfig, link: Link, memory: PeerMemory, send: Callable[[Outgoing], None], watch: Watch
+    ) -> None:
+        self.engine = Engine(config, self._announce, watch)
         self.progress = 0
         self.is_in_kernel = False
         self.fault: Failure | None = None
-        self.has_suspects = False
         self._link = link
         self._memory = memory
         self._send = send
@@ -148,7 +150,8 @@ class Work:
         self.is_in_kernel = False
         self.progress += 1
         self._link.credit.measure((time.perf_counter() - began) * 1e3 - clock.load_ms)
-        self._send(Final(assign.lease, self._placed(assign.lease, answers), clock.timings()))
+        if answers:
+            self._send(Final(assign.lease, self._placed(assign.lease, answers), clock.timings()))
         self.fault = self.fault or fault
         return True
 
@@ -174,9 +177,8 @@ class Work:
         clock = landed.clock
         self.progress += 1
         self.fault = self.fault or landed.fault
-        if landed.answers is None:
-            self.has_suspects = True
-            return
+        if not landed.answers:
+            return  # the device is broken: the broker finds out which rows are to blame
         self._link.credit.measure(max(clock.h2d_ms, clock.compute_ms, clock.d2h_ms))
         self._send(Final(landed.lease, landed.answers, clock.timings()))
         self._leaving.append(landed)
@@ -203,6 +205,20 @@ class Work:
             else:
                 self._end(event)
 
+    def relieve(self, pressure: Pressure) -> None:
+        """Memory is short, or no longer: give back caches first, then kernels that nobody waits for, one at a time."""
+        share, pressure.has_news = 100.0 * pressure.fraction, False
+        if not pressure.is_high:
+            log.info("memory: %.0f %% in use, no longer short", share)
+            return
+        num_bytes = self.engine.runner.recover_memory()
+        log.warning("memory: %.0f %% in use; caches cleared, %.0f MiB of them kernels' own", share, num_bytes / 2**20)
+        if pressure.num_high > 1:
+            wanted = {assign.kernel for assign, _ in self._waiting} | self.engine.streams.kernels
+            name = self.engine.runner.unload_one(but=wanted)
+            if name is not None:
+                log.warning("memory: unloaded kernel %r, the one used least recently", name)
+
     @contextmanager
     def _in_kernel(self) -> Iterator[None]:
         self.is_in_kernel = True
@@ -213,11 +229,9 @@ class Work:
 
     def _end(self, ended: Ended) -> None:
         self.progress += 1
+        if ended.answer is not None:
+            self._send(Final(ended.lease, self._placed(ended.lease, [ended.answer]), ended.clock.timings()))
         self.fault = self.fault or ended.fault
-        if ended.fault is not None and self.is_flying:
-            self.has_suspects = True  # a batch in flight may be to blame as well
-            return
-        self._send(Final(ended.lease, self._placed(ended.lease, [ended.answer]), ended.clock.timings()))
 
     def _announce(self, resident: Resident) -> None:
         was_in_kernel, self.is_in_kernel = self.is_in_kernel, False  # a signal must not cut a message in two

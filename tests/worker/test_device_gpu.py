@@ -275,7 +275,7 @@ def test_mixed_precision(device: torch.device, precision: str) -> None:
 
     made = registry.create(squarings)
     found = precisions({"squarings": made}, {"squarings": precision}, device)
-    runner = Runner({"squarings": made}, device, Path("/tmp"), lambda _: None, found)
+    runner = Runner({"squarings": made}, device, Path("/tmp"), lambda _: None, precisions=found)
     x = np.eye(64, dtype=np.float32)[None] * 64
     answers, _, _ = runner.run(assign(1, "squarings", tensor_block(x)), time.perf_counter())
     assert answers[0].block is not None

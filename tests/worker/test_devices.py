@@ -174,7 +174,7 @@ def test_a_device_that_is_a_little_wrong_is_found(name: str, what: str, monkeypa
     [
         (RuntimeError("CUDA error: unspecified launch failure"), DeviceFault),
         (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError),
-        (RuntimeError("a mistake of ours"), RuntimeError),
+        (RuntimeError("no answer"), DeviceFault),
     ],
 )
 def test_what_the_canary_meets(raised: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ class Steps:
 def built(target: Any, precision: str) -> tuple[Runner, Kernel]:
     made = registry.create(target)
     found = precisions({made.spec.name: made}, {made.spec.name: precision}, CPU)
-    return Runner({made.spec.name: made}, CPU, Path("/tmp"), lambda _: None, found), made
+    return Runner({made.spec.name: made}, CPU, Path("/tmp"), lambda _: None, precisions=found), made
 
 
 def run(precision: str, x: np.ndarray) -> tuple[str, np.ndarray]:

@@ -19,6 +19,7 @@ from penstock.worker import pinned
 from penstock.worker.config import WorkerConfig
 from penstock.worker.inputs import Plan
 from penstock.worker.link import Final, Link
+from penstock.worker.watch import Watch
 from penstock.worker.work import Work
 
 pytestmark = pytest.mark.skipif(not IS_POSSIBLE, reason="shared memory is for Linux")
@@ -86,7 +87,7 @@ class Rig:
         self.memory.welcome({"probe": list(self.probe.place), "min_bytes": 70_000, "max_bytes": 64 << 20, "held": []})
         self.link = Link("cpu", "cpu", 1 << 30)
         config = WorkerConfig(device="cpu", state_dir=tmp_path, threads=1)
-        self.work = Work(config, self.link, self.memory, self.sent.append)
+        self.work = Work(config, self.link, self.memory, self.sent.append, Watch())
         self.link.hello()
         self.link.on_welcome(Welcome(epoch=1, heartbeat_ms=1000.0))
         self.link.ready([], {}, {})

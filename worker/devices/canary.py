@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from penstock.worker.failures import DeviceFault, describe
+from penstock.worker.config import DeviceFault
+from penstock.worker.failures import describe
 
 SIZE = 96
 """Sums of so many products of -1, 0 and 1 are exact in bfloat16, whose integers end at 256."""
@@ -21,7 +22,7 @@ def known_answer(device: torch.device) -> None:
     a copy there and back through the memory that batches go through, bit by bit. Takes some ms and about 2 MiB.
 
     Raises:
-        DeviceFault: an answer is wrong, or the device's context is broken.
+        DeviceFault: an answer is wrong, or there is none.
         torch.OutOfMemoryError: there is no room to try.
     """
     try:
@@ -32,7 +33,7 @@ def known_answer(device: torch.device) -> None:
                 _softmax(device, dtype)
             _reduction(device)
     except RuntimeError as e:
-        if not describe("canary", e).is_device_fault:
+        if describe("canary", e).is_out_of_memory:
             raise
         raise DeviceFault(f"{device} does not answer: {e}") from e
 
