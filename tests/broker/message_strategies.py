@@ -85,7 +85,7 @@ _IDS = st.binary(min_size=16, max_size=16)
 _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "answers": st.lists(answers(), max_size=3), "attempt": COUNTS, "block": blocks(), "blocks": st.lists(blocks(), max_size=3),
     "body": MAPS, "credit": _PAIRS, "device": MAPS, "digest": st.binary(max_size=32), "error": ERRORS, "id": _IDS,
-    "is_again": st.booleans(), "is_durable": st.booleans(), "is_resumed": st.booleans(),
+    "is_again": st.booleans(), "is_durable": st.booleans(), "is_fault": st.booleans(), "is_resumed": st.booleans(),
     "key": st.none() | st.binary(min_size=1, max_size=128),
     "leases": st.lists(COUNTS, max_size=5), "limits": MAPS, "load_ms": st.floats(0, 1e9), "heartbeat_ms": st.floats(0, 1e9),
     "memory": MAPS, "mode": st.text(min_size=1, max_size=16), "name": NAMES, "kernel": NAMES, "op": NAMES, "state": NAMES,
@@ -93,7 +93,8 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "is_unshared": st.booleans(),
     "what": st.sampled_from(["", "tasks"]),
     "open": st.binary(max_size=64), "unknown": st.binary(max_size=64), "outcomes": st.lists(outcomes(), max_size=3),
-    "principal": st.text(max_size=99), "priority": st.integers(0, 9), "reason": st.text(max_size=99), "resident": MAPS,
+    "predicted_ms": st.floats(0, 1e9), "principal": st.text(max_size=99), "priority": st.integers(0, 9),
+    "reason": st.text(max_size=99), "resident": MAPS,
     "scalars": _SCALARS, "secret": _IDS, "session": _IDS, "specs": st.lists(MAPS, max_size=2),
     "statics": st.binary(max_size=99),
     "start": st.integers(0, 4096), "stop": st.integers(0, 4096), "target": st.text(max_size=64),
