@@ -14,7 +14,6 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from penstock.kernels import backends
@@ -79,11 +78,17 @@ def _in_tiles(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
     return out
 
 
+def _lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it, which takes a second
+
+    return causal_lower_right(num_queries, num_keys)
+
+
 def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
     """Runs the first kernel that takes these inputs; "math" takes all, "torch" leaves the choice to SDPA."""
     num_queries, num_keys, is_gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
     is_square = num_queries == num_keys
-    bias = causal_lower_right(num_queries, num_keys) if causal and not is_square else None
+    bias = _lower_right(num_queries, num_keys) if causal and not is_square else None
     params = SDPAParams(q, k, v, None, 0.0, causal and is_square, is_gqa)
     usable = [name for name, can_use in _CAN_USE.items() if can_use(params)]
     if "cudnn" in usable and (bias is not None or num_queries < MIN_CUDNN_QUERIES):

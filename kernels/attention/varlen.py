@@ -5,6 +5,7 @@ Knows the packed layout and its backends; the alignment of causal masks is that 
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -15,16 +16,6 @@ from penstock.kernels import backends
 from penstock.kernels.attention.inputs import INTEGERS, check_heads, check_options, fits_triton
 from penstock.kernels.attention.sdpa import attend
 from penstock.kernels.errors import InvalidInput
-
-try:
-    from torch.nn.attention import varlen as torch_varlen
-
-    _flash: Callable[..., Any] | None = torch_varlen.varlen_attn
-except (ImportError, AttributeError):
-    _flash = None
-
-_GROUPED = {"enable_gqa": True} if _flash and "enable_gqa" in inspect.signature(_flash).parameters else {}
-"""Older ones have no such option and take fewer key heads than query heads as they are."""
 
 MAX_FLASH_HEAD_SIZE = 256
 
@@ -72,12 +63,36 @@ def attention_varlen(
         from penstock.kernels.attention.varlen_triton import varlen_forward
 
         return varlen_forward(q, k, v, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), causal, scale)
-    assert _flash is not None
     if max_seqlen_q is None or max_seqlen_k is None:
         max_seqlen_q, max_seqlen_k = torch.stack([cu_seqlens_q, cu_seqlens_k]).diff().amax(1).tolist()
     layout = (cu_seqlens_q.int().contiguous(), cu_seqlens_k.int().contiguous(), max_seqlen_q, max_seqlen_k)
-    out: torch.Tensor = _flash(q, k, v, *layout, scale=scale, window_size=(-1, 0 if causal else -1), **_GROUPED)
+    flash = _flash()
+    assert flash is not None
+    out: torch.Tensor = flash(q, k, v, layout, causal, scale)
     return out
+
+
+@cache
+def _flash() -> Callable[..., Any] | None:
+    """torch's packed kernel (query, key, value, layout, causal, scale), whose options have changed names; None: it has none.
+
+    Its module brings torch's compiler with it, which takes a second to import: not before it is needed.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = inspect.signature(varlen_attn).parameters
+    # Those without such an option take fewer key heads than query heads as they are.
+    grouped = {"enable_gqa": True} if "enable_gqa" in options else {}
+    has_window = "window_size" in options
+    kernel: Callable[..., Any] = varlen_attn
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, causal: bool, scale: float | None) -> Any:
+        masked = {"window_size": (-1, 0 if causal else -1)} if has_window else {"is_causal": causal}
+        return kernel(q, k, v, *layout, scale=scale, **masked, **grouped)
+
+    return call if "scale" in options else None
 
 
 def _usable(q: torch.Tensor) -> list[str]:
@@ -87,7 +102,7 @@ def _usable(q: torch.Tensor) -> list[str]:
 
 
 def _fits_flash(q: torch.Tensor) -> bool:
-    if _flash is None or not is_flash_attention_available() or torch.cuda.get_device_capability(q.device) < (8, 0):
+    if _flash() is None or not is_flash_attention_available() or torch.cuda.get_device_capability(q.device) < (8, 0):
         return False
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= MAX_FLASH_HEAD_SIZE
 

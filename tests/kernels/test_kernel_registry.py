@@ -78,6 +78,17 @@ def test_every_built_in_kernel_has_a_reference_beside_it() -> None:
     assert all((root / folder / "reference.py").is_file() for folder in folders)
 
 
+def test_loading_the_built_in_kernels_leaves_the_compilers_out() -> None:
+    """torch's compiler takes a second to import, and every worker would wait for it."""
+    code = (
+        "import sys; from penstock.kernels import ops, registry; registry.load(); [getattr(ops, n) for n in ops.__all__];"
+        "names = [n for n in sys.modules if n.split('.')[0] == 'triton' or n == 'torch._dynamo'];"
+        "assert not names, names"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_built_in_kernels_are_imported_on_first_use() -> None:
     code = (
         "import sys; import penstock.kernels, penstock.kernels.ops as ops; penstock.kernels.registry.builtin();"
