@@ -84,11 +84,13 @@ def _flash() -> Callable[..., Any] | None:
         return None
     options = inspect.signature(varlen_attn).parameters
     # Those without such an option take fewer key heads than query heads as they are.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in options else {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in options else {}
+    has_window = "window_size" in options
+    kernel: Callable[..., Any] = varlen_attn
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, causal: bool, scale: float | None) -> Any:
-        masked: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in options else {"is_causal": causal}
-        return varlen_attn(q, k, v, *layout, scale=scale, **masked, **grouped)
+        masked = {"window_size": (-1, 0 if causal else -1)} if has_window else {"is_causal": causal}
+        return kernel(q, k, v, *layout, scale=scale, **masked, **grouped)
 
     return call if "scale" in options else None
 
