@@ -22,11 +22,13 @@ RATE_WINDOW_S = 5.0
 
 @record
 class Send:
-    """The one action there is: a message to the peer at an address of one side."""
+    """The one action there is: a message to the peer at an address of one side. One that is a promise goes when all that the
+    journal has been told is safe, and everything after it to the same address with it."""
 
     side: str
     route: Route
     message: Message
+    is_promise: bool = False
 
 
 class Rate:
@@ -72,7 +74,7 @@ class BrokerState:
         """The workers that may be given work."""
         return [w for w in self.workers.values() if w.is_serving]
 
-    def send(self, side: str, route: Route | None, message: Message) -> None:
+    def send(self, side: str, route: Route | None, message: Message, is_promise: bool = False) -> None:
         """Ask the shell to send; a peer that is away gets nothing."""
         if route is not None:
-            self.actions.append(Send(side, route, message))
+            self.actions.append(Send(side, route, message, is_promise))
