@@ -4,7 +4,7 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from penstock.broker import reports
@@ -13,7 +13,8 @@ from penstock.broker.columns import Block
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
-from penstock.broker.journal import Journal, MemoryJournal
+from penstock.broker.durable import DurableJournal
+from penstock.broker.journal import Journal
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.protocol import Code, Error, Fault, Goodbye
 from penstock.broker.scheduling.events import Event as SchedulingEvent
@@ -23,11 +24,13 @@ from penstock.broker.sessions import Route
 from penstock.broker.settings import SettingsError
 from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
+from penstock.broker.storage.records import Put, Write
 from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
+INF = float("inf")
 
 
 @record
@@ -101,7 +104,7 @@ class Core:
         self._configuration = configuration
         if policy is None:
             policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
-        journal = journal or MemoryJournal(config.dedup_window_s, config.dedup_bytes)
+        journal = journal or Journal(config.dedup_window_s, config.dedup_bytes)
         self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics(), memory)
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
@@ -146,6 +149,27 @@ class Core:
         self.state.counters["malformed"] += 1
         self.state.send(side, route, Fault(error=Error(Code.PROTOCOL, reason)))
 
+    def restore(self, puts: Iterable[Put], now: float) -> int:
+        """Before the first event: take up the durable tasks of earlier brokers; how many of them are not over.
+
+        Raises:
+            Corrupt: a record cannot be understood.
+        """
+        journal = self.state.journal
+        if not isinstance(journal, DurableJournal):
+            return 0
+        open_ones = journal.restore(puts, now)
+        for kept in open_ones:
+            deadline = INF if kept.deadline is None else journal.monotonic(kept.deadline)
+            run = self.clients.restore(kept, min(journal.monotonic(kept.accepted_at), now), deadline)
+            journal.reopen(kept, run)
+        return len(open_ones)
+
+    def take_writes(self) -> list[Write]:
+        """What the journal asks to be made safe."""
+        writes, self.state.journal.writes = self.state.journal.writes, []
+        return writes
+
     # --- turns -----------------------------------------------------------------------------------------------------
 
     def _turn(self, now: float) -> None:
@@ -162,6 +186,7 @@ class Core:
             self._swept_at = now
             self.clients.sweep(now)
             self.workers.sweep(now)
+            self.state.journal.expire(now)
             self._refuse_unknown(now)
             regression = self.dispatch.maintain(now)
             if regression is not None:
@@ -194,7 +219,10 @@ class Core:
             return
         known = ", ".join(sorted(self.state.kernels.known)) or "none: no worker has come"
         for name in list(parked):
-            for run in self.state.kernels.unpark(name):
+            runs = self.state.kernels.unpark(name)
+            for run in (run for run in runs if run.is_durable):
+                self.state.kernels.park(run)  # its worker may come later than any grace
+            for run in (run for run in runs if not run.is_durable):
                 error = Error(Code.UNKNOWN_KERNEL, f"no worker offers {name!r}; known kernels: {known}")
                 self.clients.end_pieces([(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED], FAILED, error, now)
 
@@ -314,7 +342,7 @@ class Core:
         for session in {r.session for r in state.ledger.runs()}:
             window = session.used_rows - session.returned_rows
             assert window == sum(r.num_open for r in session.runs), "credit leaks"
-            assert window <= config.window_rows
+            assert window <= config.window_rows or session.is_closed
         for route, worker in self.workers.by_route.items():
             assert worker.route == route
         for worker in self.workers.by_secret.values():

@@ -62,7 +62,9 @@ class ClientSession:
         "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes", "used_rows",
     )  # fmt: skip
 
-    def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float, account: Account) -> None:
+    def __init__(
+        self, principal: str, name: str, secret: bytes, route: Route | None, now: float, account: Account
+    ) -> None:
         self.principal = principal
         self.name = name
         self.secret = secret
@@ -104,9 +106,9 @@ class ClientSession:
         self.outbox.append(partial)
         return partial
 
-    def acknowledge(self, seq: int) -> None:
-        """Forget what has arrived."""
-        outbox = self.outbox
+    def acknowledge(self, seq: int) -> list[bytes]:
+        """Forget what has arrived; the submissions of which everything has come back."""
+        outbox, finished = self.outbox, list[bytes]()
         while outbox and outbox[0].seq <= seq:
             message = outbox.popleft()
             self.num_unacked_bytes -= _bytes_of(message.outcomes)
@@ -114,6 +116,8 @@ class ClientSession:
                 for run_id, _, _ in outcome.spans:
                     if self.finished.get(run_id, seq + 1) <= seq:
                         del self.finished[run_id]
+                        finished.append(run_id)
+        return finished
 
 
 def _bytes_of(outcomes: Sequence[Outcome]) -> int:

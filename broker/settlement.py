@@ -29,6 +29,8 @@ class Settlement:
         self.num_rows = 0
         self.spans: dict[ClientSession, list[Span]] = {}
         self.finished: dict[ClientSession, list[bytes]] = {}
+        self.durable: set[ClientSession] = set()
+        """Sessions that are told of a durable task's outcome."""
         self._state = state
         self._outcome = outcome
         self._answer = answer
@@ -50,6 +52,8 @@ class Settlement:
         session.returned_rows += num_rows
         if run.key is not None:
             self._remember(run, span)
+        if run.number:
+            self.durable.add(session)
         if run.num_open == 0:
             session.returned_bytes += run.num_bytes
             self.finished.setdefault(session, []).append(run.id)
@@ -68,7 +72,7 @@ class Settlement:
             metrics.deadline_missed("running" if is_leased else "queued", num_rows)
 
     def _remember(self, run: Run, span: Span) -> None:
-        if self._outcome in (CANCELLED, EXPIRED):
+        if self._outcome in (CANCELLED, EXPIRED) and not run.number:
             self._state.journal.forget(run)
         else:
             outcome = self.outcome([span])

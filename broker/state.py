@@ -23,11 +23,13 @@ RATE_WINDOW_S = 5.0
 
 @record
 class Send:
-    """The one action there is: a message to the peer at an address of one side."""
+    """The one action there is: a message to the peer at an address of one side. One that is a promise goes when all that the
+    journal has been told is safe, and everything after it to the same address with it."""
 
     side: str
     route: Route
     message: Message
+    is_promise: bool = False
 
 
 class Rate:
@@ -84,7 +86,7 @@ class BrokerState:
     def _send_to(self, session: ClientSession | WorkerSession, message: Message) -> None:
         self.send(FRONT if isinstance(session, ClientSession) else BACK, session.route, message)
 
-    def send(self, side: str, route: Route | None, message: Message) -> None:
+    def send(self, side: str, route: Route | None, message: Message, is_promise: bool = False) -> None:
         """Ask the shell to send; a peer that is away gets nothing."""
         if route is not None:
-            self.actions.append(Send(side, route, message))
+            self.actions.append(Send(side, route, message, is_promise))

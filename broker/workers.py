@@ -214,6 +214,8 @@ class Workers:
 
     def assign(self, lease: Lease) -> None:
         """Send a lease to its worker."""
+        for piece in lease.pieces:
+            self.state.journal.started(piece)
         queue, first, worker = lease.queue, lease.pieces[0].run, lease.worker
         blocks = _blocks(lease.pieces)
         if any_shared(blocks):
@@ -296,6 +298,7 @@ class Workers:
             return
         for piece in pieces:
             piece.deaths += 1
+            self.state.journal.died(piece)
             piece.run.expected_s = None
             if piece.deaths < self.state.config.max_attempts:
                 self.state.ledger.requeue(piece)
@@ -354,6 +357,7 @@ class Workers:
             return
         if is_suspect and is_alone and num_rows == 1:
             pieces[0].deaths += 1
+            self.state.journal.died(pieces[0])
             if pieces[0].deaths >= self.state.config.max_attempts:
                 text = f"{pieces[0].deaths} workers were lost while running this task alone"
                 self._end(pieces, DEAD, Error(Code.DEAD, text, detail=f"last: {reason}"), now)
