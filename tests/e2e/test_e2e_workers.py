@@ -72,7 +72,7 @@ def test_one_is_killed_mid_batch(stack: Running, ps: Client) -> None:
     wait_busy(ps, "a", "b")
     stack.kill("a")
     done_by = check_all(data, tasks)
-    assert done_by["b"] > NUM_TASKS / 2
+    assert done_by["b"] > NUM_TASKS / 4, "what was left when it drained"
     after = ps.status()
     assert [worker["name"] for worker in after["workers"]] == ["b"]
     assert after["tasks"]["done"] - before["tasks"]["done"] == NUM_TASKS
@@ -90,7 +90,7 @@ def test_one_is_drained(stack: Running, ps: Client) -> None:
     assert stack.processes.pop("a").wait(20) == 0
     done_by = check_all(data, tasks)
     assert done_by["a"] > 0
-    assert done_by["b"] > NUM_TASKS / 2
+    assert done_by["b"] > NUM_TASKS / 4, "what was left when it drained"
     assert ps.status()["counters"].get("workers_lost", 0) == lost
     restart(stack, "a")
 

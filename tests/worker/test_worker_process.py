@@ -284,7 +284,7 @@ def test_a_broker_that_starts_again_gets_hello_and_ready(broker: FakeBroker, sta
         assert again.expect(protocol.WorkerFinal).lease == 3, "answers to leases of another broker are forgotten"
         again.wait_until(lambda: bool(again.beats), "heartbeats to the new broker")
         log = log_of(tmp_ipc)
-        assert log.count("trying again") == 1
+        assert log.count("trying again") >= 1  # twice if its heartbeats found no answer for a moment
         assert "the broker is back with a new session, epoch 2" in log
     finally:
         again.close()
