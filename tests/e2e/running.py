@@ -115,7 +115,8 @@ class Running:
                 body = client.status(timeout=1.0)
             except (Unavailable, TimeoutError):
                 return None
-            ready = {worker["name"] for worker in body["workers"] if worker["state"] in ("ready", "busy")}
+            alive = [w for w in body["workers"] if not is_gone(w["pid"])]  # the broker hears of an end a moment later
+            ready = {worker["name"] for worker in alive if worker["state"] in ("ready", "busy")}
             return body if ready and ready.issuperset(names) else None
 
         with self.client(connect_timeout=0.5) as client:

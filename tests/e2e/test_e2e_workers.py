@@ -72,7 +72,7 @@ def test_one_is_killed_mid_batch(stack: Running, ps: Client) -> None:
     wait_busy(ps, "a", "b")
     stack.kill("a")
     done_by = check_all(data, tasks)
-    assert done_by["b"] > NUM_TASKS / 4, "what was left when it drained"
+    assert done_by["b"] > NUM_TASKS / 2
     after = ps.status()
     assert [worker["name"] for worker in after["workers"]] == ["b"]
     assert after["tasks"]["done"] - before["tasks"]["done"] == NUM_TASKS
