@@ -17,7 +17,7 @@ import zmq
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
-from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
+from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.durable import DurableJournal
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
 from penstock.broker.journal import Journal
@@ -68,7 +68,7 @@ class Server:
         self.core = Core(
             settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, journal=_journal(settings.broker, now),
             pid=os.getpid(), configuration=Configuration(settings, load, now),
-            metrics=Metrics() if settings.broker.metrics else NoMetrics(),
+            metrics=Metrics() if settings.broker.metrics else NoMetrics(), owner=f"uid:{os.geteuid()}",
         )  # fmt: skip
         self.longest_turn_s = 0.0
         self._lock: Any = None
@@ -244,6 +244,8 @@ class Server:
         """Something other than a message: a signal of ours, the end of a worker's process, or somebody with HTTP."""
         if self._store is not None and fd == self._store.fileno():
             self._promises.release()
+            for folder, error in self._store.take_copies():
+                self._handle(Copied(folder, error))
         elif fd == self._signals.fd:
             self._signals.drain()
         elif self._responder.owns(fd):

@@ -13,7 +13,7 @@ from typing import Any
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Core, Event, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.core import Copied, Core, Event, PeerLost, ProcessEnded, Received, Turn
 from penstock.broker.durable import DurableJournal
 from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig
@@ -114,7 +114,7 @@ class World:
             kept = (config.result_ttl_s, config.max_kept_bytes)
             journal = DurableJournal(config.dedup_window_s, config.dedup_bytes, *kept, wall_offset_s=1e9)
         policy = PullPolicy(self._scheduling, self._predictor)
-        self.core = Core(config, epoch=epoch, now=self.now, policy=policy, journal=journal)
+        self.core = Core(config, epoch=epoch, now=self.now, policy=policy, journal=journal, owner="uid:1")
         self.store = store
         self.promises = Promises(store, self._send)
         if store is not None:
@@ -125,6 +125,8 @@ class World:
         assert self.store is not None
         self.store.commit()
         self.promises.release()
+        for folder, error in self.store.take_copies():
+            self.step(Copied(folder, error))
 
     def restart(self, num_kept: int = 0) -> None:
         """Kill the broker and start another on what its disk has; `num_kept` groups that were not yet safe are there, too."""
