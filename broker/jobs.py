@@ -108,15 +108,14 @@ class Jobs:
         if entry.is_gone:
             raise Refusal(Code.RESULT_GONE, "this task was done; its result is no longer kept")
         run, owner = entry.run, None if entry.run is None else entry.run.session
-        body, spent = of_job(key[1], entry, now), (0, 0)
+        uses = (0, 0) if run is None else (run.num_open, run.num_bytes)
         is_handed = owner is None or owner is session or owner.is_closed or m.take
+        body = {**of_job(key[1], entry, now), "is_handed": is_handed, "uses": uses}
         if is_handed:
-            if run is not None and owner is not session:
-                spent = (run.num_open, run.num_bytes)
-            self._admission.check_session(session, *spent, now)
+            self._admission.check_session(session, *((0, 0) if owner is session else uses), now)
         elif owner is not None:
             body["seen_ms"] = 1000.0 * (now - owner.last_seen)
-        self._reply(session, m.request, {**body, "is_handed": is_handed, "spent": spent}, is_promise=True)
+        self._reply(session, m.request, body, is_promise=True)
         if not is_handed:
             return
         self._state.counters["fetched"] += 1

@@ -79,10 +79,10 @@ def test_what_is_over_is_fetched_by_key_and_by_id(by: str, is_restarted: bool) -
     heir = w.client("heir")
     reply = fetch(heir, **{by: run if by == "id" else b"nightly"})
     assert reply.body["is_handed"]
-    told = {name: reply.body[name] for name in ("id", "key", "kernel", "rows", "state", "client", "done", "spent")}
+    told = {name: reply.body[name] for name in ("id", "key", "kernel", "rows", "state", "client", "done", "uses")}
     assert told == {
         "id": run, "key": b"nightly", "kernel": "echo", "rows": 2, "state": "done", "client": "client", "done": 2,
-        "spent": [0, 0],
+        "uses": [0, 0],
     }  # fmt: skip
     assert echoed(heir, run)
 
@@ -96,7 +96,7 @@ def test_what_is_open_is_handed_over_with_what_there_is_and_what_comes() -> None
     client.send(p.Goodbye())
     heir = w.client("heir")
     reply = fetch(heir, id=run)
-    assert (reply.body["state"], reply.body["open"], reply.body["spent"]) == ("running", 2, [2, 60])
+    assert (reply.body["state"], reply.body["open"], reply.body["uses"]) == ("running", 2, [2, 60])
     assert heir.results(run, 3) == [tag(run, 0), None, None]
     worker.finish_all()
     w.commit()
@@ -154,7 +154,7 @@ def test_ones_own_task_is_told_again() -> None:
     run = submit(client)
     worker.finish()
     w.commit()
-    assert fetch(client, id=run).body["spent"] == [0, 0]
+    assert fetch(client, id=run).body["uses"] == [1, 40]
     assert client.row(run).num_finals == 2
     worker.finish()
     w.commit()
