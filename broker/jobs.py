@@ -186,7 +186,7 @@ class Jobs:
     def copied(self, folder: str, error: str) -> None:
         """A backup has ended."""
         session, request = self._copies.pop(folder)
-        answer = Error(Code.UNAVAILABLE, f"no backup was made: {error}") if error else None
+        answer = Error(Code.INVALID, f"no backup was made: {error}") if error else None
         self._state.send(FRONT, session.route, Reply(request=request, error=answer, body={"folder": folder}))
 
 

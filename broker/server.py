@@ -128,8 +128,8 @@ class Server:
         self._promises = Promises(store, self._send)
         num_open = self.core.restore(store.load(), began)
         self._poller.register(store.fileno(), zmq.POLLIN)
-        if num_open:
-            log.info("%d durable tasks go on, read in %.1f s", num_open, time.monotonic() - began)
+        read_s = time.monotonic() - began
+        log.info("journal in %s: %d durable tasks go on, read in %.1f s", self._folder / "journal", num_open, read_s)
 
     def keep(self, name: str, learner: Learner) -> None:
         """Have what it learns outlive this process, in a folder that is ours once the address is."""

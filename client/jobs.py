@@ -79,7 +79,7 @@ class Jobs(Asking):
         """Have the broker copy its journal to a new folder on its machine, while it goes on.
 
         Raises:
-            Unavailable: no copy could be made. NotAuthorised: the broker runs as another user.
+            InvalidInput: it could not be made there. NotAuthorised: the broker runs as another user.
         """
         self._line.ask(ask_to_back_up(str(Path(folder).absolute())), timeout)
 

@@ -475,7 +475,7 @@ def test_a_backup_is_answered_when_it_is_made_and_can_be_restored() -> None:
     w.commit()
     (reply,) = client.take(p.Reply)
     assert (reply.request, reply.error, reply.body["folder"]) == (5, None, "/copy")
-    assert code(control(client, "backup", target="/copy")) == "unavailable"
+    assert code(control(client, "backup", target="/copy")) == "invalid_input"
     assert w.store is not None
     other = World(store=w.store.copies["/copy"])
     heir = other.client()

@@ -35,7 +35,7 @@ def fetch(rig: Rig, **which: Any) -> Request:
 
 def check_credit(rig: Rig) -> None:
     """Both sides count the same."""
-    (session,) = [s for s in rig.broker.peers.values()]
+    (session,) = rig.broker.peers.values()
     credit = rig.session.submissions.credit
     assert (credit._sent_rows, credit._sent_bytes) == (session.rows, session.bytes)
 
