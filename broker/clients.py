@@ -303,6 +303,8 @@ class Clients:
         if run is None and m.id not in session.finished:
             return False
         if run is not None and not (run.session in (session, self._absent.get(_name(run))) and is_same(run.request, m)):
+            if run.number and is_same(run.request, m):
+                raise Refusal(Code.CONFLICT, "another client has this task now: fetch it by its id")
             raise Refusal(Code.CONFLICT, "this id belongs to another submission: draw 16 random bytes for each")
         self.state.counters["repeated"] += 1
         if run is not None and run.session is not session:

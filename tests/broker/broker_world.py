@@ -332,7 +332,7 @@ class FakeClient(Peer):
                     continue
                 got.num_finals += 1
                 got.outcome, got.error = outcome, outcome.error
-                got.data = None if outcome.block is None else bytes(outcome.block.row(0, at))
+                got.data = bytes(outcome.block.row(0, at)) if outcome.block is not None and outcome.block.columns else None
         if isinstance(message, p.Results):
             self.credit = message.credit
 
