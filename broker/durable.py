@@ -63,7 +63,7 @@ class DurableJournal(Journal):
             self._name(run.number, principal, run.id, (principal, key))
             deadline = None if run.deadline == float("inf") else run.deadline + self._wall_offset_s
             arrived = run.arrived + self._wall_offset_s
-            self.writes.append(taken(Kept(run.number, principal, run.session.name, run.request, arrived, deadline)))
+            self.writes.append(taken(run.number, principal, run.session.name, run.request, arrived, deadline))
         return entry
 
     def find(self, principal: str, key: bytes, now: float) -> Entry | None:
@@ -176,7 +176,7 @@ class DurableJournal(Journal):
         deadline = None if submit.timeout_ms is None else now + submit.timeout_ms / 1000.0 + self._wall_offset_s
         kept = Kept(self._last, key[0], about.client, submit, now + self._wall_offset_s, deadline)
         kept.outcomes = [replace(o, spans=[(new_id, s, e) for _, s, e in o.spans]) for o in kept_outcomes]
-        self.writes.append(taken(kept))
+        self.writes.append(taken(kept.number, key[0], kept.client, submit, kept.accepted_at, deadline))
         self.writes += [outcome_of(kept.number, outcome) for outcome in kept.outcomes]
         self._name(kept.number, key[0], new_id, key)
         for principal, run_id in names:

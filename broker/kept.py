@@ -47,10 +47,9 @@ class Kept:
         return sum(stop - start for o in self.outcomes for _, start, stop in o.spans) >= self.submit.block.num_rows
 
 
-def taken(kept: Kept) -> Put:
+def taken(number: int, principal: str, client: str, submit: Submit, accepted_at: float, deadline: float | None) -> Put:
     """The record that a task begins with."""
-    meta = [kept.principal, kept.client, kept.accepted_at, kept.deadline]
-    return Put(kept.number, TAKEN, [msgpack.packb(meta), *encode(kept.submit)])
+    return Put(number, TAKEN, [msgpack.packb([principal, client, accepted_at, deadline]), *encode(submit)])
 
 
 def noted(number: int, kind: int, start: int, stop: int, count: int, *lines: str) -> Put:
