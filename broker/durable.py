@@ -86,7 +86,7 @@ class DurableJournal(Journal):
             is_failed: only those with a row that has failed; else also all that nobody has acknowledged.
         """
         for key, entry in reversed((self._failed if is_failed else self._over).get(principal, {}).items()):
-            if not entry.is_gone and (is_failed or not entry.is_acked or entry.request is not None):
+            if not entry.is_gone:
                 yield key, entry
 
     def started(self, piece: Piece) -> None:
@@ -140,9 +140,14 @@ class DurableJournal(Journal):
         entry = self._kept.pop(key, None) if key is not None else None
         if key is not None and entry is not None:
             self.num_kept_bytes -= entry.num_bytes
-            entry.is_acked = True
+            self._note_acked(key, entry)
             self.writes.append(acked(entry.number, now + self._wall_offset_s))
             super()._retire(key, entry, now)
+
+    def _note_acked(self, key: Key, entry: Entry) -> None:
+        entry.is_acked = True
+        if entry.request is None:
+            self._over[key[0]].pop(key[1], None)
 
     def expire(self, now: float) -> None:
         """See `Journal`."""
@@ -229,7 +234,7 @@ class DurableJournal(Journal):
         if kept.acked_at is None:
             self._retire(key, entry, now)
         else:
-            entry.is_acked = True
+            self._note_acked(key, entry)
             Journal._retire(self, key, entry, kept.acked_at - self._wall_offset_s)
 
     def reopen(self, kept: Kept, run: Run) -> None:
