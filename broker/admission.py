@@ -6,8 +6,8 @@ Knows the rules at the door. Does not know routes, messages to send, or how task
 from collections.abc import Callable
 
 from penstock.broker.columns import view
-from penstock.broker.durable import Kept
 from penstock.broker.journal import Entry, digest_of
+from penstock.broker.kept import Kept
 from penstock.broker.protocol import Code, Error, Submit
 from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.overload import Backlog, work_refusal
@@ -16,6 +16,8 @@ from penstock.broker.spec import InputError
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import Run
 
+MAX_UNACKED = 100_000
+"""Messages of a session that wait for its acknowledgement."""
 MIN_MEASURED = 3
 GUESS_SLACK = 2.0
 """While a kernel is not well known, from so many batches on a wait of so many time limits is too long."""
@@ -49,13 +51,11 @@ class Admission:
         Raises:
             Refusal: it is not.
         """
-        config, ledger = self._state.config, self._state.ledger
+        config = self._state.config
         if self._state.is_draining:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
-        if self.is_durable(m) and (why := self._state.journal.refusal()) is not None:
-            if not self._state.journal.is_durable:
-                raise Refusal(Code.INVALID, why)
-            raise self._overloaded(why, num_rows, now, "journal")
+        if self.is_durable(m):
+            self.check_journal(num_rows, now)
         if not 1 <= num_rows <= config.max_rows_per_run:
             raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
         if m.timeout_ms is not None and m.timeout_ms <= 0:
@@ -63,17 +63,34 @@ class Admission:
         if num_bytes > min(config.window_bytes, config.max_queue_bytes):
             most = min(config.window_bytes, config.max_queue_bytes)
             raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
+        self.check_session(session, num_rows, num_bytes, now)
+        self.check_queue(session.account, num_rows, num_bytes, now)
+
+    def check_session(self, session: ClientSession, num_rows: int, num_bytes: int, now: float) -> None:
+        """Whether a session may have so much more open. Raises Refusal."""
         window_rows, window_bytes = self.credit(session)
         if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
             raise self._overloaded("the session's credit is used up", num_rows, now, "credit")
-        if session.num_unacked_bytes > config.max_result_bytes:
+        if session.num_unacked_bytes > self._state.config.max_result_bytes or len(session.outbox) > MAX_UNACKED:
             raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now, "acks")
+
+    def check_journal(self, num_rows: int, now: float) -> None:
+        """Whether a durable task may be taken. Raises Refusal."""
+        why = self._state.journal.refusal()
+        if why is not None and not self._state.journal.is_durable:
+            raise Refusal(Code.INVALID, why)
+        if why is not None:
+            raise self._overloaded(why, num_rows, now, "journal")
+
+    def check_queue(self, account: Account, num_rows: int, num_bytes: int, now: float) -> None:
+        """Whether so much more may be open. Raises Refusal."""
+        config, ledger = self._state.config, self._state.ledger
         if ledger.num_open + num_rows > config.max_queue_rows:
             raise self._overloaded(f"the queue is full ({config.max_queue_rows} tasks)", num_rows, now, "queue")
         if ledger.open_bytes + num_bytes > config.max_queue_bytes:
             raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows, now, "memory")
         if self._state.quotas.has_any:
-            self._check_quota(session.account, num_rows, num_bytes, now)
+            self._check_quota(account, num_rows, num_bytes, now)
 
     def is_durable(self, m: Submit) -> bool:
         """Whether a submission is to survive the broker: by its own wish, or by its kernel's configuration."""
@@ -188,6 +205,9 @@ class Admission:
         run.is_durable, run.key, run.deadline = True, kept.key, deadline
         run.keep_only(sorted((s, e) for o in kept.outcomes for _, s, e in o.spans), kept.deaths)
         run.started = [(start, stop) for start, stop, _ in kept.started]
+        for row, lines in kept.evidence.items():
+            for piece in run.overlapping(row, row + 1):
+                piece.evidence = lines
         session.used_rows += run.num_open
         session.used_bytes += run.num_bytes
         self._state.ledger.open(run)

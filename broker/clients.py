@@ -10,8 +10,10 @@ from typing import Any
 
 from penstock.broker import reports
 from penstock.broker.admission import Admission, Refusal, is_same
-from penstock.broker.durable import Kept
+from penstock.broker.durable import DurableJournal
+from penstock.broker.jobs import OPS, Jobs
 from penstock.broker.journal import Entry
+from penstock.broker.kept import Kept
 from penstock.broker.protocol import (
     ID_BYTES,
     Accepted,
@@ -22,6 +24,7 @@ from penstock.broker.protocol import (
     Control,
     Error,
     Fault,
+    Fetch,
     Goodbye,
     Heartbeat,
     Hello,
@@ -35,6 +38,7 @@ from penstock.broker.protocol import (
     Submit,
     Welcome,
 )
+from penstock.broker.scheduling.accounts import Account
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.settlement import Settlement, Span
 from penstock.broker.sharing import Unshared
@@ -54,6 +58,7 @@ class Clients:
         on_unwanted: called with a lease when nobody waits for any of its rows any more.
         is_settled: whether no kernel is still to be expected; then an unknown one is refused.
         report: the body of a `status` reply; control: performs an operator's wish.
+        owner: the principal that the broker runs as.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Clients:
         is_settled: Callable[[float], bool],
         report: Callable[[float], dict[str, Any]],
         control: Callable[[str, str, float], Error | None],
+        owner: str = "",
     ) -> None:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
@@ -71,6 +77,7 @@ class Clients:
         self._absent: dict[tuple[str, str], ClientSession] = {}
         self._on_unwanted = on_unwanted
         self._admission = Admission(state, is_settled)
+        self.jobs = Jobs(state, self, self._admission, owner)
         self._report = report
         self._control = control
 
@@ -105,6 +112,10 @@ class Clients:
                 self._cancel(session, m, now)
             case Status():
                 self._answer_status(session, m, now)
+            case Fetch():
+                self.jobs.receive(session, m, now)
+            case Control() if m.op in OPS:
+                self.jobs.receive(session, m, now)
             case Control():
                 error = self._control(m.op, m.target, now)
                 self.state.send(FRONT, route, Reply(request=m.request, error=error))
@@ -127,7 +138,7 @@ class Clients:
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
-            account = self.state.policy.accounts.get(principal, m.name, self.state.quotas.rules(m.name).weight)
+            account = self.account_of(principal, m.name)
             account.num_sessions += 1
             session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
         self.lose_route(route)  # whoever was at this address is not there any more
@@ -158,7 +169,9 @@ class Clients:
 
     def _unknown(self, session: ClientSession, open_ids: bytes) -> bytes:
         ids = [open_ids[i : i + ID_BYTES] for i in range(0, len(open_ids), ID_BYTES)]
-        return b"".join(i for i in ids if self._find(session, i) is None and i not in session.finished)
+        unknown = [i for i in ids if self._find(session, i) is None and i not in session.finished]
+        told = {span[0] for m in session.outbox for o in m.outcomes for span in o.spans} if unknown else set()
+        return b"".join(i for i in unknown if i not in told)  # what another client has taken over it will be told
 
     def _acknowledge(self, session: ClientSession, seq: int, now: float) -> None:
         for run_id in session.acknowledge(seq):
@@ -185,7 +198,7 @@ class Clients:
         session.account.num_sessions -= 1
         session.outbox.clear()
         for run in [run for run in session.runs if run.number]:
-            self._hand_over(run, self._nobody(session.principal, session.name, session.last_seen))
+            self.hand_over(run, self._nobody(session.principal, session.name, session.last_seen))
         self.state.sharing.leave(session)
         self._closing.append(session)
 
@@ -201,13 +214,17 @@ class Clients:
         """Who holds the durable tasks of a client that is not there. It is told nothing: the journal keeps the outcomes."""
         session = self._absent.get((principal, name))
         if session is None:
-            account = self.state.policy.accounts.get(principal, name, self.state.quotas.rules(name).weight)
+            account = self.account_of(principal, name)
             session = self._absent[principal, name] = ClientSession(principal, name, b"", None, now, account)
             session.is_closed = True
         return session
 
+    def account_of(self, principal: str, name: str) -> Account:
+        """Whom the work of a client is charged to."""
+        return self.state.policy.accounts.get(principal, name, self.state.quotas.rules(name).weight)
+
     @staticmethod
-    def _hand_over(run: Run, session: ClientSession) -> None:
+    def hand_over(run: Run, session: ClientSession) -> None:
         """A run becomes another session's."""
         before = run.session
         before.runs.remove(run)
@@ -218,10 +235,13 @@ class Clients:
         session.used_bytes += run.num_bytes
         run.session = session
 
-    def restore(self, kept: Kept, arrived: float, deadline: float) -> Run:
-        """A durable task that an earlier broker took, and that is not over."""
+    def restore(self, journal: DurableJournal, kept: Kept, now: float) -> Run:
+        """A durable task that is not over, of an earlier broker or begun again, goes on as nobody's."""
+        arrived = min(journal.monotonic(kept.accepted_at), now)
+        deadline = float("inf") if kept.deadline is None else journal.monotonic(kept.deadline)
         run = self._admission.reopen(self._nobody(kept.principal, kept.client, arrived), kept, arrived, deadline)
         self.state.kernels.park(run)
+        journal.reopen(kept, run)
         return run
 
     def _end_started(self, run: Run, now: float) -> None:
@@ -312,6 +332,8 @@ class Clients:
         if run is None and m.id not in session.finished:
             return False
         if run is not None and not (run.session in (session, self._absent.get(_name(run))) and is_same(run.request, m)):
+            if run.number and is_same(run.request, m):
+                raise Refusal(Code.CONFLICT, "another client has this task now: fetch it by its id")
             raise Refusal(Code.CONFLICT, "this id belongs to another submission: draw 16 random bytes for each")
         self.state.counters["repeated"] += 1
         if run is not None and run.session is not session:
@@ -327,14 +349,12 @@ class Clients:
 
     def _rejoin(self, session: ClientSession, run: Run) -> None:
         """The client of a durable task is there again: it hears what it missed."""
-        self._hand_over(run, session)
+        self.hand_over(run, session)
         num_over = run.num_rows - run.num_open
         session.used_rows += num_over
         session.returned_rows += num_over
         entry = self.state.journal.entry(run)
-        outcomes = entry.outcomes if entry is not None else []
-        for at in range(0, len(outcomes), MAX_REPLAYED):
-            self._deliver(session, outcomes[at : at + MAX_REPLAYED], (), is_promise=True)
+        self.tell_again(session, entry.outcomes if entry is not None else [], ())
 
     def bind_late(self, runs: Iterable[Run], now: float) -> None:
         """Bind runs that are open already, because their kernel came or changed; what it does not take ends here."""
@@ -365,9 +385,15 @@ class Clients:
         if entry.number:
             self.state.journal.also_known_as(session.principal, m.id, entry.number)
         outcomes = [replace(o, spans=[(m.id, s, e) for _, s, e in o.spans]) for o in entry.outcomes]
-        for at in range(0, len(outcomes), MAX_REPLAYED):
-            self._deliver(session, outcomes[at : at + MAX_REPLAYED], [m.id], bool(entry.number))
+        self.tell_again(session, outcomes, [m.id], bool(entry.number))
         self.state.counters["replayed"] += num_rows
+
+    def tell_again(
+        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = True
+    ) -> None:
+        """Outcomes that were recorded before; `finished` are submissions of which nothing else will come."""
+        for at in range(0, len(outcomes), MAX_REPLAYED):
+            self._deliver(session, outcomes[at : at + MAX_REPLAYED], finished, is_promise)
 
     def _give_back(self, session: ClientSession, num_rows: int, num_bytes: int) -> None:
         session.returned_rows += num_rows
@@ -445,8 +471,11 @@ class Clients:
     # --- status ----------------------------------------------------------------------------------------------------
 
     def _answer_status(self, session: ClientSession, m: Status, now: float) -> None:
+        if m.what in ("jobs", "dead"):
+            self.jobs.receive(session, m, now)
+            return
         if m.what not in ("", "tasks"):
-            error = Error(Code.INVALID, f"unknown status {m.what!r}; there are: '' and tasks")
+            error = Error(Code.INVALID, f"unknown status {m.what!r}; there are: '', tasks, jobs, dead")
             self.state.send(FRONT, session.route, Reply(request=m.request, error=error))
             return
         if m.what == "tasks":

@@ -30,7 +30,6 @@ from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
-INF = float("inf")
 
 
 @record
@@ -78,14 +77,22 @@ class Stop:
     """Take nothing new; what is open may finish."""
 
 
-Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop
+@record
+class Copied:
+    """A backup of the journal has ended; `error` is empty if it was made."""
+
+    folder: str
+    error: str
+
+
+Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop | Copied
 
 
 class Core:
     """See the module. `epoch` is drawn by the shell: below 2**31, different at every start.
 
     `configuration` reads the settings again when asked to; without one there is nothing to reload. `memory` opens what peers
-    on this machine share; without it nothing is.
+    on this machine share; without it nothing is. `owner` is the principal that this process runs as.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Core:
         configuration: Configuration | None = None,
         metrics: Metrics | None = None,
         memory: HostMemory | None = None,
+        owner: str = "",
     ) -> None:
         self.pid = pid
         self._configuration = configuration
@@ -108,7 +116,7 @@ class Core:
         self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics(), memory)
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
-        self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control)
+        self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control, owner)
         self.workers = Workers(self.state, self.clients)
         self.dispatch = Dispatch(self.state, self.workers.assign, self._give_up)
         self.workers.dispatch = self.dispatch
@@ -133,6 +141,8 @@ class Core:
                 self.clients.lose_process(event.pid)
             case Stop():
                 self._stop()
+            case Copied():
+                self.clients.jobs.copied(event.folder, event.error)
         actions, self.state.actions = self.state.actions, []
         return actions
 
@@ -160,9 +170,7 @@ class Core:
             return 0
         open_ones = journal.restore(puts, now)
         for kept in open_ones:
-            deadline = INF if kept.deadline is None else journal.monotonic(kept.deadline)
-            run = self.clients.restore(kept, min(journal.monotonic(kept.accepted_at), now), deadline)
-            journal.reopen(kept, run)
+            self.clients.restore(journal, kept, now)
         return len(open_ones)
 
     def take_writes(self) -> list[Write]:
@@ -259,7 +267,7 @@ class Core:
         if op == "reload":
             return self.reload(now)
         if op != "drain":
-            return Error(Code.INVALID, f"unknown control {op!r}; there are: drain, reload")
+            return Error(Code.INVALID, f"unknown control {op!r}; there are: drain, reload, requeue, cancel, drop, backup")
         for worker in self.workers.by_secret.values():
             if worker.name == target:
                 self.workers.drain(worker)

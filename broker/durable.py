@@ -1,56 +1,22 @@
 """Durable tasks: which record follows which event, and what a restart makes of the records that it finds.
 
-Records hold messages of the protocol as they are on the wire, so what comes back is checked as anything from outside is.
-Knows no files (`storage/`), no sessions, and no wall clock but the offset it is given.
+Knows what is in a record only by name (`kept.py`), no files (`storage/`), no sessions, and no wall clock but the offset it
+is given.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 
-import msgpack
-
-from penstock.broker.columns import view
-from penstock.broker.journal import Entry, Journal, Key, digest_of
-from penstock.broker.protocol import FROM_CLIENT, TO_CLIENT, Outcome, Results, Submit
-from penstock.broker.storage.records import Corrupt, Erase, Put
+from penstock.broker.journal import About, Entry, Journal, Key, digest_of
+from penstock.broker.kept import DIED, STARTED, Kept, acked, has_failed, noted, outcome_of, read, taken
+from penstock.broker.protocol import ID_BYTES, Outcome
+from penstock.broker.storage.records import Erase, Put
 from penstock.broker.tasks import Piece, Run
-from penstock.broker.wire import ProtocolError, decode, encode
 
-TAKEN, STARTED, DIED, OUTCOME, ACKED = 1, 2, 3, 4, 5
-"""The kinds of records. TAKEN: [principal, client, accepted at, deadline or nil] and the submission. STARTED, DIED: rows
-[start, stop] and how often. OUTCOME: results with one outcome. ACKED: [when]. Times are seconds of the wall clock."""
 MAX_NAMES = 16
 """Submissions with one key whose acknowledgement counts."""
-Rows = tuple[int, int, int]
-"""(start, stop, count)."""
-
-
-@dataclass(slots=True)
-class Kept:
-    """A durable task as a restart finds it."""
-
-    number: int
-    principal: str
-    client: str
-    submit: Submit
-    accepted_at: float
-    deadline: float | None
-    outcomes: list[Outcome] = field(default_factory=list)
-    started: list[Rows] = field(default_factory=list)
-    deaths: list[Rows] = field(default_factory=list)
-    acked_at: float | None = None
-
-    @property
-    def key(self) -> bytes:
-        return self.submit.key or self.submit.id
-
-    @property
-    def is_over(self) -> bool:
-        """Every row has its outcome."""
-        return sum(stop - start for o in self.outcomes for _, start, stop in o.spans) >= self.submit.block.num_rows
-
-
 class DurableJournal(Journal):
     """A journal whose durable tasks survive the broker: they have records, and outcomes stay until they are acknowledged.
 
@@ -74,6 +40,8 @@ class DurableJournal(Journal):
         self._kept: OrderedDict[Key, Entry] = OrderedDict()
         self._keys: dict[tuple[str, bytes], Key] = {}
         self._ids: dict[int, list[tuple[str, bytes]]] = {}
+        self._over: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
+        self._failed: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
 
     # --- what happens to a task ------------------------------------------------------------------------------------
 
@@ -93,21 +61,35 @@ class DurableJournal(Journal):
             entry.number = run.number = self._last
             self._name(run.number, principal, run.id, (principal, key))
             deadline = None if run.deadline == float("inf") else run.deadline + self._wall_offset_s
-            meta = [principal, run.session.name, run.arrived + self._wall_offset_s, deadline]
-            request = run.request
-            if request.block.layout.num_framed:  # what is shared may change before it is written
+            arrived, request = run.arrived + self._wall_offset_s, run.request
+            if request.block.layout.num_framed and request.block.has_shared:  # it is lent for as long as the task is open
                 request = replace(request, block=request.block.copied())
-            self.writes.append(Put(run.number, TAKEN, [msgpack.packb(meta), *encode(request)]))
+            entry.request = request
+            self.writes.append(taken(run.number, principal, run.session.name, request, arrived, deadline))
         return entry
 
     def find(self, principal: str, key: bytes, now: float) -> Entry | None:
         """See `Journal`."""
         return super().find(principal, key, now) or self._kept.get((principal, key))
 
-    def find_by_id(self, principal: str, run_id: bytes) -> Entry | None:
-        """A durable task, open or over."""
-        key = self._keys.get((principal, run_id))
-        return None if key is None else self._open.get(key) or self._kept.get(key) or self._closed.get(key)
+    def locate(self, principal: str, run_id: bytes | None, key: bytes | None, now: float) -> tuple[Key, Entry] | None:
+        """A durable task by its key, else by its id, which is the key of one that was given none."""
+        self.expire(now)
+        found = (principal, key if key is not None else run_id or b"")
+        if key is None and run_id is not None:
+            found = self._keys.get((principal, run_id), found)
+        entry = self._open.get(found) or self._kept.get(found) or self._closed.get(found)
+        return None if entry is None or not entry.number else (found, entry)
+
+    def over(self, principal: str, is_failed: bool) -> Iterator[tuple[bytes, Entry]]:
+        """Durable tasks that are over, of which something is left to fetch; the last to end comes first.
+
+        Args:
+            is_failed: only those with a row that has failed; else also all that nobody has acknowledged.
+        """
+        for key, entry in reversed((self._failed if is_failed else self._over).get(principal, {}).items()):
+            if not entry.is_gone:
+                yield key, entry
 
     def started(self, piece: Piece) -> None:
         """See `Journal`."""
@@ -115,17 +97,34 @@ class DurableJournal(Journal):
 
     def died(self, piece: Piece) -> None:
         """See `Journal`."""
-        self._note(DIED, piece, piece.deaths)
+        self._note(DIED, piece, piece.deaths, *piece.evidence)
 
-    def _note(self, kind: int, piece: Piece, count: int) -> None:
+    def _note(self, kind: int, piece: Piece, count: int, *lines: str) -> None:
         if piece.run.number:
-            self.writes.append(Put(piece.run.number, kind, [msgpack.packb([piece.start, piece.stop, count])]))
+            self.writes.append(noted(piece.run.number, kind, piece.start, piece.stop, count, *lines))
 
     def record(self, run: Run, outcomes: Sequence[Outcome]) -> None:
         """See `Journal`."""
         super().record(run, outcomes)
         if run.number:
-            self.writes += [Put(run.number, OUTCOME, encode(Results(seq=0, outcomes=[outcome]))) for outcome in outcomes]
+            self.writes += [outcome_of(run.number, outcome) for outcome in outcomes]
+
+    def close(self, run: Run, now: float) -> None:
+        """See `Journal`."""
+        entry = self.entry(run)
+        if entry is not None and entry.number and run.key is not None:
+            self._end((run.session.principal, run.key), entry, About.of(run))
+        super().close(run, now)
+
+    def _end(self, key: Key, entry: Entry, about: About) -> None:
+        """It is over: what can be listed, and what may be wanted again."""
+        entry.about = about
+        self._over[key[0]][key[1]] = entry
+        if entry.request is not None and any(has_failed(outcome) for outcome in entry.outcomes):
+            entry.num_bytes += entry.request.block.nbytes
+            self._failed[key[0]][key[1]] = entry
+        else:
+            entry.request = None
 
     def also_known_as(self, principal: str, run_id: bytes, number: int) -> None:
         """See `Journal`."""
@@ -143,8 +142,14 @@ class DurableJournal(Journal):
         entry = self._kept.pop(key, None) if key is not None else None
         if key is not None and entry is not None:
             self.num_kept_bytes -= entry.num_bytes
-            self.writes.append(Put(entry.number, ACKED, [msgpack.packb(now + self._wall_offset_s)]))
+            self._note_acked(key, entry)
+            self.writes.append(acked(entry.number, now + self._wall_offset_s))
             super()._retire(key, entry, now)
+
+    def _note_acked(self, key: Key, entry: Entry) -> None:
+        entry.is_acked = True
+        if entry.request is None:
+            self._over[key[0]].pop(key[1], None)
 
     def expire(self, now: float) -> None:
         """See `Journal`."""
@@ -153,9 +158,37 @@ class DurableJournal(Journal):
             key, entry = next(iter(self._kept.items()))
             if entry.expires_at > now:
                 return
-            del self._kept[key]
-            self.num_kept_bytes -= entry.num_bytes
-            self._erase(entry)
+            self.drop(key, entry)
+
+    def drop(self, key: Key, entry: Entry) -> None:
+        """Forget a durable task that is over."""
+        if self._kept.pop(key, None) is None:
+            self._drop(key, entry)
+            return
+        self.num_kept_bytes -= entry.num_bytes
+        self._erase(key, entry)
+
+    def begin_again(self, key: Key, entry: Entry, now: float) -> Kept:
+        """A durable task that is over begins again under another id, with the outcomes of the rows that have not failed.
+
+        Its key stays, and its old id is known. All that was known of its failures is forgotten.
+        """
+        about, request, names = entry.about, entry.request, self._ids[entry.number][: MAX_NAMES - 1]
+        assert about is not None and request is not None
+        kept_outcomes = [o for o in entry.outcomes if o.error is None]
+        self.drop(key, entry)
+        self._last += 1
+        new_id = blake2b(about.id, digest_size=ID_BYTES, person=b"requeued").digest()
+        submit = replace(request, id=new_id, key=key[1], is_again=False, ack=0)
+        deadline = None if submit.timeout_ms is None else now + submit.timeout_ms / 1000.0 + self._wall_offset_s
+        kept = Kept(self._last, key[0], about.client, submit, now + self._wall_offset_s, deadline)
+        kept.outcomes = [replace(o, spans=[(new_id, s, e) for _, s, e in o.spans]) for o in kept_outcomes]
+        self.writes.append(taken(kept.number, key[0], kept.client, submit, kept.accepted_at, deadline))
+        self.writes += [outcome_of(kept.number, outcome) for outcome in kept.outcomes]
+        self._name(kept.number, key[0], new_id, key)
+        for principal, run_id in names:
+            self._name(kept.number, principal, run_id, key)
+        return kept
 
     def _retire(self, key: Key, entry: Entry, now: float) -> None:
         if not entry.number:
@@ -167,11 +200,13 @@ class DurableJournal(Journal):
 
     def _drop(self, key: Key, entry: Entry) -> None:
         super()._drop(key, entry)
-        self._erase(entry)
+        self._erase(key, entry)
 
-    def _erase(self, entry: Entry) -> None:
+    def _erase(self, key: Key, entry: Entry) -> None:
         if entry.number:
             self.writes.append(Erase(entry.number))
+            self._over[key[0]].pop(key[1], None)
+            self._failed[key[0]].pop(key[1], None)
             for name in self._ids.pop(entry.number, ()):
                 self._keys.pop(name, None)
 
@@ -185,10 +220,7 @@ class DurableJournal(Journal):
         """
         found = dict[int, Kept]()
         for put in puts:
-            try:
-                _read(found, put)
-            except (ProtocolError, msgpack.UnpackException, ValueError, TypeError, KeyError, AttributeError) as e:
-                raise Corrupt(f"record of task {put.task} cannot be understood: {e}") from e
+            read(found, put)
         self._last = max(found, default=0)
         for kept in found.values():
             if kept.is_over:
@@ -198,9 +230,13 @@ class DurableJournal(Journal):
     def _remember(self, kept: Kept, now: float) -> None:
         entry, key = self._entry_of(kept, None), (kept.principal, kept.key)
         self._name(kept.number, kept.principal, kept.submit.id, key)
+        arrived = min(self.monotonic(kept.accepted_at), now)
+        about = About(kept.submit.id, kept.client, kept.submit.kernel, kept.submit.block.num_rows, arrived)
+        self._end(key, entry, about)
         if kept.acked_at is None:
             self._retire(key, entry, now)
         else:
+            self._note_acked(key, entry)
             Journal._retire(self, key, entry, kept.acked_at - self._wall_offset_s)
 
     def reopen(self, kept: Kept, run: Run) -> None:
@@ -208,36 +244,14 @@ class DurableJournal(Journal):
         run.number = kept.number
         key = (kept.principal, kept.key)
         self._open[key] = self._entry_of(kept, run)
-        self._name(kept.number, kept.principal, kept.submit.id, key)
+        if kept.number not in self._ids:
+            self._name(kept.number, kept.principal, kept.submit.id, key)
 
     @staticmethod
     def _entry_of(kept: Kept, run: Run | None) -> Entry:
         num_bytes = sum(o.block.nbytes for o in kept.outcomes if o.block is not None)
-        return Entry(digest_of(kept.submit), run, kept.outcomes, num_bytes, number=kept.number)
+        return Entry(digest_of(kept.submit), run, kept.outcomes, num_bytes, number=kept.number, request=kept.submit)
 
     def monotonic(self, wall_s: float) -> float:
         """A time of the wall clock as one of ours."""
         return wall_s - self._wall_offset_s
-
-
-def _read(found: dict[int, Kept], put: Put) -> None:
-    if put.kind == TAKEN:
-        principal, client, accepted_at, deadline = msgpack.unpackb(view(put.frames[0]))
-        submit = decode(FROM_CLIENT, put.frames[1:])
-        if not isinstance(submit, Submit):
-            raise ValueError("a task without its submission")
-        found[put.task] = Kept(put.task, principal, client, submit, float(accepted_at), deadline)
-        return
-    kept = found[put.task]
-    if put.kind == OUTCOME:
-        results = decode(TO_CLIENT, put.frames)
-        if not isinstance(results, Results):
-            raise ValueError("an outcome without results")
-        kept.outcomes += results.outcomes
-    elif put.kind == ACKED:
-        kept.acked_at = float(msgpack.unpackb(view(put.frames[0])))
-    elif put.kind in (STARTED, DIED):
-        start, stop, count = msgpack.unpackb(view(put.frames[0]))
-        (kept.started if put.kind == STARTED else kept.deaths).append((start, stop, count))
-    else:
-        raise ValueError(f"unknown kind {put.kind}")

@@ -21,11 +21,27 @@ Key = tuple[str, bytes]
 """(principal, idempotency key)."""
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is told of a durable task that is over; `arrived` is monotonic seconds."""
+
+    id: bytes
+    client: str
+    kernel: str
+    num_rows: int
+    arrived: float
+
+    @classmethod
+    def of(cls, run: Run) -> "About":
+        return cls(run.id, run.session.name, run.kernel, run.num_rows, run.arrived)
+
+
 @dataclass(slots=True)
 class Entry:
     """A remembered submission: open (`run`), or over with its outcomes, or over with outcomes no longer kept.
 
-    `number` is that of its records on disk; 0: it has none.
+    `number` is that of its records on disk; 0: it has none. Those that have know more: `request` while it is open or a row
+    of it has failed, since it may be wanted again; `about` once it is over; `is_acked` once its client has the outcomes.
     """
 
     digest: bytes
@@ -35,6 +51,9 @@ class Entry:
     is_gone: bool = False
     expires_at: float = float("inf")
     number: int = 0
+    request: Submit | None = None
+    about: About | None = None
+    is_acked: bool = False
 
 
 def digest_of(m: Submit) -> bytes:
@@ -143,4 +162,4 @@ class Journal:
 
     def _drop_outcomes(self, entry: Entry) -> None:
         self._num_bytes -= entry.num_bytes
-        entry.outcomes, entry.num_bytes, entry.is_gone = [], 0, True
+        entry.outcomes, entry.num_bytes, entry.is_gone, entry.request = [], 0, True, None

@@ -54,6 +54,7 @@ class Code:
     DEAD = "dead"
     CONFLICT = "conflict"
     RESULT_GONE = "result_gone"
+    UNKNOWN_TASK = "unknown_task"
     NOT_AUTHORISED = "not_authorised"
     UNAVAILABLE = "unavailable"
     PROTOCOL = "protocol"
@@ -66,6 +67,8 @@ class Code:
 
 CODE = text(32, 1)
 ID = binary(ID_BYTES, ID_BYTES)
+MAYBE_ID = binary(ID_BYTES, ID_BYTES, can_be_nil=True)
+MAYBE_KEY = binary(1, 128, can_be_nil=True)
 SECRET = binary(SECRET_BYTES, SECRET_BYTES)
 NAME = text(64, 1)
 TEXT = text(MAX_TEXT)
@@ -167,7 +170,7 @@ class Submit(Message):
     is_durable: bool = wire(FLAG, default=False)
     wants_accepted: bool = wire(FLAG, default=False)
     is_again: bool = wire(FLAG, default=False)
-    key: bytes | None = wire(binary(1, 128, can_be_nil=True), default=None)
+    key: bytes | None = wire(MAYBE_KEY, default=None)
     ack: int = wire(COUNT, default=0)
     traceparent: str | None = wire(text(64, can_be_nil=True), default=None)
 
@@ -191,20 +194,38 @@ class Ack(Message):
 @message("status")
 class Status(Message):
     """Asks for the state of one submission of the same principal by its `id`; without one, of the whole broker, or of
-    the principal's open submissions if `what` is "tasks"."""
+    the principal's open submissions if `what` is "tasks"; of its durable ones ("jobs"), of those that failed ("dead"), or
+    of one ("jobs" with `id` or `key`)."""
 
     request: int = wire(COUNT)
-    id: bytes | None = wire(binary(ID_BYTES, ID_BYTES, can_be_nil=True), default=None)
+    id: bytes | None = wire(MAYBE_ID, default=None)
+    key: bytes | None = wire(MAYBE_KEY, default=None)
     what: str = wire(text(16), default="")
+
+
+@message("fetch")
+class Fetch(Message):
+    """Asks for a durable task of the same principal, by its id or idempotency key: its outcomes come to this session.
+
+    A task that belongs to another session stays there, and only its state comes, unless `take` is set.
+    """
+
+    request: int = wire(COUNT)
+    id: bytes | None = wire(MAYBE_ID, default=None)
+    key: bytes | None = wire(MAYBE_KEY, default=None)
+    take: bool = wire(FLAG, default=False)
 
 
 @message("control")
 class Control(Message):
-    """An operator's wish: `drain` a worker by its name (`target`), or `reload` the broker's configuration."""
+    """A wish: `drain` a worker by its name (`target`), `reload` the broker's configuration, `backup` the journal into a new
+    folder (`target`); `requeue`, `cancel` or `drop` a durable task by its `id` or `key`."""
 
     request: int = wire(COUNT)
     op: str = wire(NAME)
-    target: str = wire(text(64), default="")
+    target: str = wire(TEXT, default="")
+    id: bytes | None = wire(MAYBE_ID, default=None)
+    key: bytes | None = wire(MAYBE_KEY, default=None)
 
 
 @message("heartbeat")
@@ -351,7 +372,7 @@ class Release(Message):
 
 @message("reply")
 class Reply(Message):
-    """Answers `status` and `control`."""
+    """Answers `status`, `fetch` and `control`."""
 
     request: int = wire(COUNT)
     error: Error | None = wire(ERROR, default=None)
@@ -501,7 +522,7 @@ class Drain(Message):
 
 
 FROM_CLIENT: Final[dict[str, type[Message]]] = {
-    m.TYPE: m for m in (Hello, Attach, Submit, Cancel, Ack, Status, Control, Heartbeat, Share, Goodbye)
+    m.TYPE: m for m in (Hello, Attach, Submit, Cancel, Ack, Status, Fetch, Control, Heartbeat, Share, Goodbye)
 }
 TO_CLIENT: Final[dict[str, type[Message]]] = {
     m.TYPE: m for m in (Welcome, Accepted, Refused, Partial, Results, Release, Reply, Fault, Heartbeat, Goodbye)

@@ -17,7 +17,7 @@ import zmq
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
-from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
+from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.durable import DurableJournal
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
 from penstock.broker.journal import Journal
@@ -70,6 +70,7 @@ class Server:
             settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, journal=_journal(settings.broker, now),
             pid=os.getpid(), configuration=Configuration(settings, load, now),
             metrics=Metrics() if settings.broker.metrics else NoMetrics(), memory=host_memory() if address.is_ipc else None,
+            owner=f"uid:{os.geteuid()}",
         )  # fmt: skip
         self.longest_turn_s = 0.0
         self._lock: Any = None
@@ -129,8 +130,8 @@ class Server:
         self._promises = Promises(store, self._send)
         num_open = self.core.restore(store.load(), began)
         self._poller.register(store.fileno(), zmq.POLLIN)
-        if num_open:
-            log.info("%d durable tasks go on, read in %.1f s", num_open, time.monotonic() - began)
+        read_s = time.monotonic() - began
+        log.info("journal in %s: %d durable tasks go on, read in %.1f s", self._folder / "journal", num_open, read_s)
 
     def keep(self, name: str, learner: Learner) -> None:
         """Have what it learns outlive this process, in a folder that is ours once the address is."""
@@ -245,6 +246,8 @@ class Server:
         """Something other than a message: a signal of ours, the end of a peer's process, or somebody with HTTP."""
         if self._store is not None and fd == self._store.fileno():
             self._promises.release()
+            for folder, error in self._store.take_copies():
+                self._handle(Copied(folder, error))
         elif fd == self._signals.fd:
             self._signals.drain()
         elif self._responder.owns(fd):

@@ -30,9 +30,12 @@ class Piece:
     """Rows [start, stop) of a run in one state. `entry` is its place in its `lane` while queued, `lease` who holds it.
 
     `alone_ms` is what its rows are predicted to take one by one, `cell` the class of the longest; the policy sets them.
+    `evidence` has a line per worker that was lost while running it, a single row, alone.
     """
 
-    __slots__ = ("alone_ms", "cell", "deaths", "entry", "is_isolated", "lane", "lease", "run", "start", "state", "stop")
+    __slots__ = (
+        "alone_ms", "cell", "deaths", "entry", "evidence", "is_isolated", "lane", "lease", "run", "start", "state", "stop",
+    )  # fmt: skip
 
     def __init__(self, run: "Run", start: int, stop: int, state: str = QUEUED) -> None:
         self.run = run
@@ -45,6 +48,7 @@ class Piece:
         self.cell = 0
         self.lease: Lease | None = None
         self.deaths = 0
+        self.evidence: tuple[str, ...] = ()
         self.is_isolated = False
 
     @property

@@ -356,11 +356,13 @@ class Workers:
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
         if is_suspect and is_alone and num_rows == 1:
-            pieces[0].deaths += 1
-            self.state.journal.died(pieces[0])
-            if pieces[0].deaths >= self.state.config.max_attempts:
-                text = f"{pieces[0].deaths} workers were lost while running this task alone"
-                self._end(pieces, DEAD, Error(Code.DEAD, text, detail=f"last: {reason}"), now)
+            suspect = pieces[0]
+            suspect.deaths += 1
+            suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))
+            self.state.journal.died(suspect)
+            if suspect.deaths >= self.state.config.max_attempts:
+                text = f"{suspect.deaths} workers were lost while running this task alone"
+                self._end(pieces, DEAD, Error(Code.DEAD, text, detail="\n".join(suspect.evidence)), now)
                 return
         for piece in pieces:
             self.state.counters["redelivered"] += piece.num_rows
@@ -395,6 +397,13 @@ def _is_readable(pieces: Sequence[Piece], worker: WorkerSession) -> bool:
         if session.sharer is None or not session.sharer.is_on or session.principal != worker.principal:
             return False
     return True
+
+
+def _evidence(suspect: Piece, lease: Lease, reason: str, now: float) -> str:
+    """One line about a worker's end: when, after how long with the task, which one, and why."""
+    age_s, held_s = now - suspect.run.arrived, now - lease.assigned_at
+    worker = f"pid {lease.worker.pid}, {lease.worker.device}"
+    return f"{age_s:.1f} s after the task was taken, {held_s:.1f} s after it was assigned: {reason} ({worker})"
 
 
 def _blocks(pieces: Sequence[Piece]) -> list[Block]:

@@ -27,6 +27,7 @@ from penstock.client.errors import (
     ResultGone,
     Unavailable,
     UnknownKernel,
+    UnknownTask,
     WorkerLost,
 )  # fmt: skip
 from penstock.client.executor import Executor
@@ -35,5 +36,6 @@ from penstock.client.task import Stream, Task
 __all__ = [
     "AsyncClient", "AsyncStream", "AsyncTask", "Cancelled", "Client", "ClientConfig", "Conflict", "Dead",
     "DeadlineExceeded", "Executor", "InvalidInput", "KernelFailed", "NotAuthorised", "Overloaded", "PenstockError",
-    "ProtocolFault", "ResultGone", "Stream", "Task", "Unavailable", "UnknownKernel", "WorkerLost", "as_completed",
+    "ProtocolFault", "ResultGone", "Stream", "Task", "Unavailable", "UnknownKernel", "UnknownTask", "WorkerLost",
+    "as_completed",
 ]  # fmt: skip

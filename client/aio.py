@@ -13,11 +13,11 @@ from typing import Any, Literal
 from penstock.broker.address import Address
 from penstock.client.aio_line import AsyncLine
 from penstock.client.aio_task import AsyncStream, AsyncTask
-from penstock.client.asking import AsyncAsking
 from penstock.client.bundler import Window
 from penstock.client.catalog import Catalog, Search
 from penstock.client.config import ClientConfig, configure
 from penstock.client.errors import from_wire
+from penstock.client.jobs import AsyncJobs
 from penstock.client.options import UNCHANGED
 from penstock.client.outputs import decode, values_of
 from penstock.client.plan import Plan
@@ -27,7 +27,7 @@ from penstock.client.session import Session
 from penstock.client.verbs import no_room
 
 
-class AsyncVerbs(AsyncAsking):
+class AsyncVerbs(AsyncJobs):
     """What can be done on a line with certain options; see `Verbs`."""
 
     # --- one task --------------------------------------------------------------------------------------------------

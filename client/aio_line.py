@@ -13,6 +13,7 @@ from typing import Any
 from penstock.broker.wire import Message
 from penstock.client.link import Link
 from penstock.client.news import safely
+from penstock.client.questions import Request
 from penstock.client.run import Run
 from penstock.client.session import Session
 
@@ -104,12 +105,16 @@ class AsyncLine:
             TimeoutError: none came in time.
             PenstockError: the broker could not answer it.
         """
+        return (await self.request(make, timeout)).answer()
+
+    async def request(self, make: Callable[[int], Message], timeout: float | None) -> Request:
+        """Put a question and wait for its reply. Raises TimeoutError."""
         await self.connect()
         request = self.session.ask(make, time.monotonic())
         if not await self.wait(lambda: request.is_done, timeout):
             self.session.forget(request)
             raise TimeoutError("the broker did not answer in time")
-        return request.answer()
+        return request
 
     def flush_soon(self) -> None:
         """Once this turn of the loop is over, and all its tasks are in: nothing waits for company any more."""

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from penstock.broker.address import Address
 from penstock.client import completed
-from penstock.client.asking import Asking
 from penstock.client.bundler import Window
 from penstock.client.catalog import Catalog, Search
 from penstock.client.config import ClientConfig, configure
 from penstock.client.errors import from_wire
+from penstock.client.jobs import Jobs
 from penstock.client.line import Line
 from penstock.client.options import UNCHANGED
 from penstock.client.outputs import decode, values_of
@@ -27,7 +27,7 @@ from penstock.client.task import Stream, Task
 from penstock.client.verbs import no_room
 
 
-class Verbs(Asking):
+class Verbs(Jobs):
     """What can be done on a line with certain options. `Client.options(...)` makes another one.
 
     Arguments of a kernel are given by keyword and become what the kernel's spec says (see `inputs.py`; `outputs.py` for

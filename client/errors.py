@@ -11,6 +11,7 @@
     ├── Dead              it brought down several workers; `detail` has the evidence
     ├── Conflict          the same id or idempotency key, but other content
     ├── ResultGone        it ended, but its result is no longer kept
+    ├── UnknownTask       no durable task of this user has that id or key, or it is kept no longer
     ├── NotAuthorised     this client may not do that
     ├── Unavailable       no broker answers, or it does not speak our protocol
     └── ProtocolFault     the broker could not read what this client sent
@@ -102,6 +103,12 @@ class ResultGone(PenstockError):
     """The task ended, but the broker no longer keeps its result."""
 
     code = Code.RESULT_GONE
+
+
+class UnknownTask(PenstockError):
+    """No durable task of this user has that id or idempotency key, or it is kept no longer."""
+
+    code = Code.UNKNOWN_TASK
 
 
 class NotAuthorised(PenstockError):

@@ -36,6 +36,10 @@ class Flight:
             if ghost[0] <= 0:
                 del self._ghosts[id_]
 
+    def revive(self, id_: bytes) -> bool:
+        """Whether it was a ghost; it is none any more, and its answers are wanted again."""
+        return self._ghosts.pop(id_, None) is not None
+
     def forget_ghosts(self) -> None:
         """The broker's session began anew: it has none of them."""
         self._ghosts.clear()

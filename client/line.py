@@ -14,6 +14,7 @@ from typing import Any
 
 from penstock.broker.wire import Message
 from penstock.client.news import safely
+from penstock.client.questions import Request
 from penstock.client.run import Run
 from penstock.client.session import Session
 from penstock.client.shared_link import IsDone, SharedLink
@@ -88,6 +89,10 @@ class Line(SharedLink):
             TimeoutError: none came in time.
             PenstockError: the broker could not answer it.
         """
+        return self.request(make, timeout).answer()
+
+    def request(self, make: Callable[[int], Message], timeout: float | None) -> Request:
+        """Put a question and wait for its reply. Raises TimeoutError."""
         self.connect()
         with self.lock:
             request = self.session.ask(make, time.monotonic())
@@ -97,7 +102,7 @@ class Line(SharedLink):
         self.call_back()
         if not is_done:
             raise TimeoutError("the broker did not answer in time")
-        return request.answer()
+        return request
 
     def watch(self, run: Run, row: int, callback: Callable[[], object]) -> None:
         """Call back once the row has its outcome: from whichever thread receives it, or now if it is there."""

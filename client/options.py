@@ -23,15 +23,20 @@ def change(
     Raises:
         InvalidInput: a value out of bounds.
     """
-    key = idempotency_key.encode() if isinstance(idempotency_key, str) else idempotency_key
-    if key is not None and not 0 < len(key) <= MAX_KEY_BYTES:
-        raise InvalidInput(f"idempotency_key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
+    key = check_key(idempotency_key)
     return Options(
         priority=base.priority if priority is None else _priority(priority),
         timeout=base.timeout if timeout is UNCHANGED else check_timeout(timeout),
         is_durable=base.is_durable if durable is None else bool(durable),
         key=base.key if key is None else key,
     )
+
+
+def check_key(idempotency_key: str | bytes | None) -> bytes | None:
+    key = idempotency_key.encode() if isinstance(idempotency_key, str) else idempotency_key
+    if key is not None and not 0 < len(key) <= MAX_KEY_BYTES:
+        raise InvalidInput(f"idempotency_key must have 1 to {MAX_KEY_BYTES} bytes, not {len(key)}")
+    return key
 
 
 def check_timeout(timeout: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Questions to the broker: `status` and `control`, and their replies.
+"""Questions to the broker: `status`, `fetch` and `control`, and their replies.
 
 Knows who waits for which reply; does not know what is asked.
 """
@@ -9,12 +9,13 @@ from typing import Any
 from penstock.broker.protocol import Error
 from penstock.broker.wire import Message
 from penstock.client.errors import from_wire
+from penstock.client.run import Run
 
 
 class Request:
     """A question, and its reply once it came."""
 
-    __slots__ = ("body", "error", "is_done", "message", "number")
+    __slots__ = ("body", "error", "is_done", "message", "number", "run")
 
     def __init__(self, number: int, message: Message) -> None:
         self.number = number
@@ -22,6 +23,8 @@ class Request:
         self.is_done = False
         self.body: dict[str, Any] = {}
         self.error: Error | None = None
+        self.run: Run | None = None
+        """What a `fetch` has brought, if it was handed over."""
 
     def answer(self) -> dict[str, Any]:
         """The body of the reply; raises what the broker answered instead."""
@@ -50,13 +53,12 @@ class Questions:
         """Nobody waits for this reply any more."""
         self._open.pop(request.number, None)
 
-    def settle(self, number: int, error: Error | None, body: dict[str, Any]) -> bool:
-        """A reply came; False if nobody waits for it."""
+    def settle(self, number: int, error: Error | None, body: dict[str, Any]) -> Request | None:
+        """A reply came; None if nobody waits for it."""
         request = self._open.pop(number, None)
-        if request is None:
-            return False
-        request.is_done, request.error, request.body = True, error, body
-        return True
+        if request is not None:
+            request.is_done, request.error, request.body = True, error, body
+        return request
 
     def end(self, error: Error) -> None:
         """No replies will come."""

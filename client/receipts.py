@@ -39,6 +39,11 @@ class Receipts:
     def must_ack(self) -> bool:
         return self.received - self._acked >= ACK_MESSAGES or self._unacked_bytes >= ACK_BYTES
 
+    @property
+    def has_news(self) -> bool:
+        """Something has come that the broker does not know to have come."""
+        return self.received > self._acked
+
     def ack(self) -> int:
         """The number to acknowledge with the message that is being made."""
         self._acked, self._unacked_bytes = self.received, 0

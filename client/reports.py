@@ -59,6 +59,25 @@ def of_open(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [of_broker(task) for task in tasks]
 
 
+def of_jobs(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The reports of durable tasks; a key is text where it can be, else bytes.
+
+    Raises:
+        ProtocolFault: the broker does not know the question.
+    """
+    jobs = body.get("jobs")
+    if not isinstance(jobs, list):
+        raise ProtocolFault("this broker is too old to list durable tasks")
+    return [{**of_broker(job), "key": _text(job.get("key"))} for job in jobs]
+
+
+def _text(key: bytes | None) -> str | bytes | None:
+    try:
+        return None if key is None else key.decode()
+    except UnicodeDecodeError:
+        return key
+
+
 def eta_s(report: Mapping[str, Any]) -> float | None:
     """Seconds until the outcome is expected, 0 once it is there; None if nobody can tell."""
     if report.get("state") in _ENDED:

@@ -146,6 +146,20 @@ class Run:
         self.watchers: list[Watcher] | None = None
         self.callbacks: dict[int, list[Callable[[], object]]] | None = None
 
+    @classmethod
+    def fetched(cls, id_: bytes, kernel: str, num_rows: int) -> "Run":
+        """A durable submission that the broker has: known by its outcomes alone, which say what their columns are."""
+        run = cls(id_, Shape(kernel, (), b"", (), False), Options(timeout=None, is_durable=True), math.inf)
+        run.num_rows = run.num_open = num_rows
+        run.slots = [None] * num_rows
+        run.state, run.accepted = SENT, True
+        return run
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether what it is made of is here: not of one that was fetched."""
+        return self.block is not None
+
     def add(self, row: Row) -> int:
         """Take in one more piece; its first row's number comes back."""
         first = self.num_rows

@@ -103,7 +103,7 @@ class Session:
             self._outbox.append(protocol.Cancel(id=run.id, start=start, stop=stop))
 
     def ask(self, make: Callable[[int], Message], now: float) -> Request:
-        """Put a question (`make(request number)`: a Status or Control) to the broker."""
+        """Put a question (`make(request number)`: a Status, Fetch or Control) to the broker."""
         if not self.is_busy:
             self.connection.expect(now)
         request = self._questions.add(make)
@@ -123,6 +123,8 @@ class Session:
         if state != ENDED:
             self._end(Unavailable("the client was closed"), Error(Code.CANCELLED, "the client was closed"))
             if state == READY:
+                if self._receipts.has_news:
+                    self._outbox.append(protocol.Ack(seq=self._receipts.ack()))
                 self._outbox.append(protocol.Goodbye(reason="closed"))
 
     # --- the transport ---------------------------------------------------------------------------------------------
@@ -262,6 +264,8 @@ class Session:
         self.memory.welcome(m.shared)
         if self.memory.is_on:
             self._outbox.append(self.memory.share())
+        for id_ in self.submissions.strays:
+            self._questions.add(lambda number, id_=id_: protocol.Fetch(request=number, id=id_))  # type: ignore[misc]
         self._outbox.extend(self._questions.messages())
 
     def _on_accepted(self, m: protocol.Accepted, frames: Sequence[Buffer], now: float) -> None:
@@ -275,8 +279,12 @@ class Session:
         self.submissions.refused(m, now)
 
     def _on_reply(self, m: protocol.Reply, frames: Sequence[Buffer], now: float) -> None:
-        if self._questions.settle(m.request, m.error, dict(m.body)):
-            self.news.num_events += 1
+        request = self._questions.settle(m.request, m.error, dict(m.body))
+        if request is None:
+            return
+        if type(request.message) is protocol.Fetch:  # its outcomes may be in the next message
+            request.run = self.submissions.fetched(request.message.id, m.error, m.body)
+        self.news.num_events += 1
 
     def _on_fault(self, m: protocol.Fault, frames: Sequence[Buffer], now: float) -> None:
         error, state = m.error, self.connection.state

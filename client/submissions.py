@@ -6,8 +6,8 @@ whatever else comes for it is dropped.
 """
 
 import math
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from penstock.broker import protocol
 from penstock.broker.protocol import Code, Error, Outcome
@@ -46,6 +46,8 @@ class Submissions:
         self._retries = Retries(config.max_retries, self._throttle, draws.fraction)
         self.deadlines = Deadlines()
         self.news = News()
+        self.strays: set[bytes] = set()
+        """Fetched runs that the broker has lost sight of: they have to be fetched again."""
         self.final_error: Error | None = None
         """Set once the session has ended: whatever is submitted ends with it."""
 
@@ -124,7 +126,8 @@ class Submissions:
     def welcome(self, m: protocol.Welcome, is_new_epoch: bool) -> list[Run]:
         """The broker says what it never had or has lost, which is submitted again; the open runs that it has come back."""
         unknown = split_ids(m.unknown)
-        lost = [run for run in self.flight.runs.values() if run.id in unknown]
+        lost = [run for run in self.flight.runs.values() if run.id in unknown and run.can_be_sent]
+        self.strays |= {run.id for run in self.flight.runs.values() if run.id in unknown and not run.can_be_sent}
         if m.is_resumed:
             for num_rows, nbytes in [*self.flight.take_unknown(unknown), *((run.num_rows, run.nbytes) for run in lost)]:
                 self.credit.take_back(num_rows, nbytes)
@@ -151,6 +154,24 @@ class Submissions:
             self.end_rows(run, start, stop, Error(Code.CANCELLED, "cancelled"))
 
     # --- what the broker says --------------------------------------------------------------------------------------
+
+    def fetched(self, id_: bytes | None, error: Error | None, body: Mapping[str, Any]) -> Run | None:
+        """The answer to a fetch: the run whose outcomes will come, None if they will not."""
+        if error is None and body["is_handed"]:
+            run_id: bytes = body["id"]
+            run = self.flight.runs.get(run_id)
+            if (run is None and not self.flight.revive(run_id)) or run_id in self.strays:
+                self.credit.spend(*body["uses"])
+            self.strays.discard(run_id)
+            if run is None:
+                run = self.flight.runs[run_id] = Run.fetched(run_id, body["kernel"], body["rows"])
+            return run
+        stray = self.flight.runs.get(id_) if id_ is not None and id_ in self.strays else None
+        if stray is not None:
+            self.strays.discard(stray.id)
+            error = error or Error(Code.UNAVAILABLE, f"client {body['client']!r} has this task now")
+            self.end_rows(stray, 0, stray.num_rows, error)
+        return None
 
     def take_results(self, m: protocol.Results) -> None:
         self.credit.grant(m.credit)

@@ -100,6 +100,31 @@ def ask_task(id_: bytes) -> Callable[[int], protocol.Status]:
     return lambda number: protocol.Status(request=number, id=id_)
 
 
+def ask_jobs(is_dead: bool) -> Callable[[int], protocol.Status]:
+    """The question for the durable tasks, or for those that failed."""
+    return lambda number: protocol.Status(request=number, what="dead" if is_dead else "jobs")
+
+
+def ask_job(id_: bytes | None, key: bytes | None) -> Callable[[int], protocol.Status]:
+    """The question for one durable task."""
+    return lambda number: protocol.Status(request=number, what="jobs", id=id_, key=key)
+
+
+def ask_to_fetch(id_: bytes | None, key: bytes | None, take: bool) -> Callable[[int], protocol.Fetch]:
+    """The wish for the outcomes of a durable task."""
+    return lambda number: protocol.Fetch(request=number, id=id_, key=key, take=take)
+
+
+def ask_about_job(op: str, id_: bytes | None, key: bytes | None) -> Callable[[int], protocol.Control]:
+    """The wish that a durable task is cancelled, requeued or dropped."""
+    return lambda number: protocol.Control(request=number, op=op, id=id_, key=key)
+
+
+def ask_to_back_up(folder: str) -> Callable[[int], protocol.Control]:
+    """The wish for a copy of the journal in a new folder."""
+    return lambda number: protocol.Control(request=number, op="backup", target=folder)
+
+
 def ask_to_reload(number: int) -> protocol.Control:
     """The wish that the broker reads its configuration again."""
     return protocol.Control(request=number, op="reload")

@@ -40,7 +40,14 @@ class Erase:
     task: int
 
 
-Write = Put | Erase
+@record
+class Copy:
+    """Copy all that is safe by then to a new folder, beside other work."""
+
+    folder: str
+
+
+Write = Put | Erase | Copy
 
 
 def pack(task: int, kind: int, frames: Sequence[Buffer]) -> bytes:

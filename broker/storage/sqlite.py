@@ -13,12 +13,14 @@ import os
 import shutil
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from penstock.broker.columns import Buffer, frame_bytes
+from penstock.broker.storage.backup import back_up, let_go
 from penstock.broker.storage.payloads import Payloads
-from penstock.broker.storage.records import Corrupt, Put, StorageError, Write, checksum, pack, unpack
+from penstock.broker.storage.records import Copy, Corrupt, Erase, Put, StorageError, Write, checksum, pack, unpack
 
 log = logging.getLogger("penstock.broker")
 FORMAT = 1
@@ -55,9 +57,12 @@ class SqliteStore:
         self._path = folder / "journal.sqlite"
         self._db = _open(self._path)
         self._payloads = Payloads(folder / "payloads")
+        let_go(folder)
         self._num_records, self._crc_sum = self._check_total()
         self._waiting: list[Write] = []
         self._last = 0
+        self._wanted: deque[str] = deque()
+        self._copied: deque[tuple[str, str]] = deque()
         self._is_closed = False
         self._news = threading.Condition()
         self._read_fd, self._write_fd = os.pipe()
@@ -109,25 +114,50 @@ class SqliteStore:
             return self._last
 
     def _commit_all(self) -> None:
-        while True:
+        while self.failure is None:  # an fsync that failed once may seem to succeed the next time: nothing is written after it
             with self._news:
                 while self._last == self.committed and not self._is_closed:
                     self._news.wait()
                 if self._last == self.committed:
                     return
-                writes, self._waiting = self._waiting, []
-                ticket = self._last
-            try:
-                self._commit(writes)
-            except (sqlite3.Error, OSError) as e:
-                with self._news:
-                    self.failure = StorageError(f"the journal {self._path} cannot be written: {e}")
-                os.write(self._write_fd, b"!")
-                return  # an fsync that failed once may seem to succeed the next time: nothing is written after it
-            self.committed = ticket
-            self._wake()
+            self._commit_waiting()
+            while self._wanted and self.failure is None:
+                self._copy(self._wanted.popleft())
 
-    def _commit(self, writes: Sequence[Write]) -> None:
+    def _commit_waiting(self) -> None:
+        """Commit all that waits, as one group."""
+        with self._news:
+            writes, self._waiting = self._waiting, []
+            ticket = self._last
+        if ticket == self.committed:
+            return
+        self._wanted += [write.folder for write in writes if isinstance(write, Copy)]
+        try:
+            self._commit([write for write in writes if not isinstance(write, Copy)])
+        except (sqlite3.Error, OSError) as e:
+            with self._news:
+                self.failure = StorageError(f"the journal {self._path} cannot be written: {e}")
+            os.write(self._write_fd, b"!")
+            return
+        self.committed = ticket
+        self._wake()
+
+    def _copy(self, folder: str) -> None:
+        """Copy everything, and commit meanwhile; a copy that cannot be made is told, and harms nothing."""
+        error = ""
+        try:
+            back_up(self._folder, self._db, Path(folder), self._min_free_bytes, self._go_on)
+        except (sqlite3.Error, OSError, ValueError) as e:
+            error = str(e) or type(e).__name__
+        self._copied.append((folder, error))
+        self._wake()
+
+    def _go_on(self) -> None:
+        self._commit_waiting()
+        if self.failure is not None or self._is_closed:
+            raise OSError("the broker stops")
+
+    def _commit(self, writes: Sequence[Put | Erase]) -> None:
         rows, num_records, crc_sum = list[tuple[int, bytes]](), 0, 0
         db = self._db
         db.execute("BEGIN IMMEDIATE")
@@ -175,6 +205,10 @@ class SqliteStore:
                 continue
         except BlockingIOError:
             return
+
+    def take_copies(self) -> list[tuple[str, str]]:
+        """See `Store`."""
+        return [self._copied.popleft() for _ in range(len(self._copied))]
 
     def has_room(self) -> bool:
         """See `Store`."""

@@ -40,6 +40,10 @@ class Store(Protocol):
         """Take note of the descriptor."""
         ...
 
+    def take_copies(self) -> list[tuple[str, str]]:
+        """Copies that have ended: folder, and why there is none or an empty text."""
+        ...
+
     def has_room(self) -> bool:
         """Whether there is space for more tasks; what ends tasks may always be written."""
         ...
@@ -59,6 +63,8 @@ class MemoryStore:
         self._safe: list[bytes] = list(kept)
         self._waiting: list[tuple[int, Sequence[Write]]] = []
         self._last = 0
+        self.copies: dict[str, MemoryStore] = {}
+        self._copied: list[tuple[str, str]] = []
 
     def load(self) -> Iterator[Put]:
         return (unpack(data) for data in list(self._safe))
@@ -87,14 +93,22 @@ class MemoryStore:
     def _apply(self, write: Write) -> None:
         if isinstance(write, Erase):
             self._safe = [data for data in self._safe if unpack(data).task != write.task]
-        else:
+        elif isinstance(write, Put):
             self._safe.append(pack(write.task, write.kind, write.frames))
+        else:
+            error = "it exists" if write.folder in self.copies else ""
+            self.copies.setdefault(write.folder, MemoryStore(self._safe))
+            self._copied.append((write.folder, error))
 
     def fileno(self) -> None:
         return None
 
     def clear(self) -> None:
         return
+
+    def take_copies(self) -> list[tuple[str, str]]:
+        copied, self._copied = self._copied, []
+        return copied
 
     def has_room(self) -> bool:
         return not self.is_full

@@ -13,7 +13,7 @@ import typer
 
 from penstock.broker.address import AddressError
 from penstock.broker.settings import SettingsError
-from penstock.client.cli import calls, looking, programs, values
+from penstock.client.cli import calls, jobs, looking, programs, values
 from penstock.client.cli.arguments import FAILED, INTERRUPTED, NO_BROKER, USAGE, CommandFailed
 from penstock.client.errors import InvalidInput, PenstockError, Unavailable
 
@@ -56,6 +56,8 @@ app.command(epilog=calls.BENCH_EPILOG)(calls.bench)
 app.command(epilog=looking.STATUS_EPILOG)(looking.status)
 app.command()(looking.tasks)
 app.command()(looking.task)
+app.add_typer(jobs.app)
+app.command(epilog=jobs.BACKUP_EPILOG)(jobs.backup)
 app.command()(looking.drain)
 app.command()(looking.reload)
 app.command()(looking.doctor)

@@ -37,28 +37,29 @@ def status(
     with Client(where.url, name="penstock status", connect_timeout=QUICK_CONNECT_S) as client:
         body = client.status()
         if as_json:
-            print(json.dumps(body, default=_encode), flush=True)
+            print(json.dumps(body, default=encode), flush=True)
         elif not watch:
-            _console().print(status_view.render(body, where.url))
+            console().print(status_view.render(body, where.url))
         if watch and as_json:
             while True:
                 time.sleep(WATCH_S)
-                print(json.dumps(client.status(), default=_encode), flush=True)
+                print(json.dumps(client.status(), default=encode), flush=True)
         elif watch:
-            with Live(status_view.render(body, where.url), console=_console(), auto_refresh=False) as live:
+            with Live(status_view.render(body, where.url), console=console(), auto_refresh=False) as live:
                 while True:
                     time.sleep(WATCH_S)
                     live.update(status_view.render(client.status(), where.url), refresh=True)
     return status_view.exit_status(body)
 
 
-def _console() -> Console:
+def console() -> Console:
     """Names and reasons come from others: what looks like markup in them is text."""
     width = None if sys.stdout.isatty() else NOT_A_TERMINAL_WIDTH
     return Console(width=width, markup=False, emoji=False)
 
 
-def _encode(value: object) -> str:
+def encode(value: object) -> str:
+    """Bytes in a report, for JSON."""
     if isinstance(value, bytes):
         return value.hex()
     raise TypeError(f"{type(value).__name__} in a status")
@@ -69,10 +70,10 @@ def tasks(as_json: AsJson = False, url: Url = None) -> int:
     with Client(url, name="penstock tasks", connect_timeout=QUICK_CONNECT_S) as client:
         found = client.tasks()
     if as_json:
-        print(json.dumps(found, default=_encode))
+        print(json.dumps(found, default=encode))
     else:
-        console = _console()
-        console.print(tasks_view.render(found, console.width))
+        terminal = console()
+        terminal.print(tasks_view.render(found, terminal.width))
     return 0
 
 
@@ -85,9 +86,9 @@ def task(
     with Client(url, name="penstock task", connect_timeout=QUICK_CONNECT_S) as client:
         report = _find_task(client, id.partition("/")[0].lower())
     if as_json:
-        print(json.dumps(report, default=_encode))
+        print(json.dumps(report, default=encode))
     else:
-        _console().print(tasks_view.render_one(report))
+        console().print(tasks_view.render_one(report))
     return 0
 
 

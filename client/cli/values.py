@@ -6,6 +6,7 @@ JSON. Does not know clients or brokers.
 
 import json
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -126,6 +127,33 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+
+
+def save(path: Path, rows: Sequence[Any]) -> None:
+    """Results of one kernel as the arrays of an .npz file, by output: of one row as it is; of several stacked, or, where
+    they differ in shape, each as `<output>.<row>`. Raises OSError."""
+    arrays: dict[str, Any] = {}
+    for name in _names(rows[0]):
+        values = [_array(row[name] if isinstance(row, Mapping) else row) for row in rows]
+        if len(values) == 1:
+            arrays[name] = values[0]
+        elif len({(value.dtype.kind, value.shape) for value in values}) == 1:
+            arrays[name] = np.stack(values)
+        else:
+            arrays |= {f"{name}.{i}": value for i, value in enumerate(values)}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, Mapping) else ["out"]
+
+
+def _array(value: Any) -> Any:
+    """Text as numpy's, bytes as uint8."""
+    return np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value)
 
 
 def show_timings(timings: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from fake_memory import FakeHost
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Core, Event, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.core import Copied, Core, Event, PeerLost, ProcessEnded, Received, Turn
 from penstock.broker.durable import DurableJournal
 from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig
@@ -118,7 +118,9 @@ class World:
             kept = (config.result_ttl_s, config.max_kept_bytes)
             journal = DurableJournal(config.dedup_window_s, config.dedup_bytes, *kept, wall_offset_s=1e9)
         policy = PullPolicy(self._scheduling, self._predictor)
-        self.core = Core(config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory)
+        self.core = Core(
+            config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, owner="uid:1"
+        )
         self.store = store
         self.promises = Promises(store, self._send)
         if store is not None:
@@ -129,6 +131,8 @@ class World:
         assert self.store is not None
         self.store.commit()
         self.promises.release()
+        for folder, error in self.store.take_copies():
+            self.step(Copied(folder, error))
 
     def restart(self, num_kept: int = 0) -> None:
         """Kill the broker and start another on what its disk has; `num_kept` groups that were not yet safe are there, too."""
@@ -337,8 +341,7 @@ class FakeClient(Peer):
                     continue
                 got.num_finals += 1
                 got.outcome, got.error = outcome, outcome.error
-                has_data = outcome.block is not None and outcome.block.columns
-                got.data = bytes(outcome.block.row(0, at)) if has_data else None
+                got.data = bytes(outcome.block.row(0, at)) if outcome.block is not None and outcome.block.columns else None
         if isinstance(message, p.Results):
             self.credit = message.credit
 

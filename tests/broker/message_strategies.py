@@ -91,7 +91,7 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "memory": MAPS, "mode": st.text(min_size=1, max_size=16), "name": NAMES, "kernel": NAMES, "op": NAMES, "state": NAMES,
     "shared": MAPS, "segments": st.lists(COUNTS, max_size=4), "slots": st.lists(COUNTS, max_size=4),
     "is_unshared": st.booleans(),
-    "what": st.sampled_from(["", "tasks"]),
+    "what": st.sampled_from(["", "tasks", "jobs", "dead"]), "take": st.booleans(),
     "open": st.binary(max_size=64), "unknown": st.binary(max_size=64), "outcomes": st.lists(outcomes(), max_size=3),
     "predicted_ms": st.floats(0, 1e9), "principal": st.text(max_size=99), "priority": st.integers(0, 9),
     "reason": st.text(max_size=99), "resident": MAPS,
@@ -112,7 +112,7 @@ def messages(cls: type[w.Message]) -> st.SearchStrategy[Any]:
         for name, _, default in cls.FIELDS:
             if default is dataclasses.MISSING or draw(st.booleans()):
                 chosen = _BY_NAME.get(name, COUNTS)
-                if (cls, name) == (p.Status, "id"):
+                if name == "id" and cls in (p.Status, p.Fetch, p.Control):
                     chosen = st.none() | _IDS
                 elif (cls, name) in ((p.WorkerHello, "device"), (p.Reply, "error")):
                     chosen = NAMES if name == "device" else st.none() | ERRORS

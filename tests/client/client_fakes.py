@@ -82,6 +82,8 @@ class ModelBroker:
         self.told: dict[str, Any] = {}  # of every task, as brokers since 1.1 do
         self.shared: dict[str, Any] = {}  # what is offered, as brokers since 1.2 do
         self.controls: list[tuple[str, str]] = []
+        self.durable: dict[bytes, Submit] = {}  # by key, else id; outlive a restart
+        self.jobs: list[dict[str, Any]] | None = None
         self.control_error: Error | None = None
 
     def handle(self, peer: Any, frames: Sequence[Any]) -> None:
@@ -160,6 +162,8 @@ class ModelBroker:
         assert m.id not in s.submitted, "a submission came twice"
         s.submitted[m.id] = m
         s.open_rows[m.id] = set(range(m.block.num_rows))
+        if m.is_durable:
+            self.durable[m.key or m.id] = m
         if m.wants_accepted:
             self._send(s, protocol.Accepted(id=m.id, is_durable=m.is_durable))
         if m.kernel.startswith("hold"):
@@ -240,6 +244,31 @@ class ModelBroker:
         self._on_ack(s, m.ack)
         self._send(s, protocol.Heartbeat())
 
+    def _fetch(self, s: ModelSession, m: protocol.Fetch) -> None:
+        """Sessions hold what is open; what none holds is open after a restart, and over if its session has left."""
+        found = [d for key, d in self.durable.items() if (m.key is not None and key == m.key) or d.id == m.id]
+        if not found:
+            error = Error(Code.UNKNOWN_TASK, "no such task")
+            self._send(s, protocol.Reply(request=m.request, error=error))
+            return
+        task, n = found[0], found[0].block.num_rows
+        owner = next((o for o in self.sessions.values() if o.open_rows.get(task.id)), None)
+        is_over = any(task.id in o.submitted and not o.open_rows[task.id] for o in self.sessions.values())
+        is_handed = m.take or owner in (None, s)
+        open_rows = owner.open_rows[task.id] if owner else set(range(0 if is_over else n))
+        uses = (len(open_rows), 0 if is_over else task.block.nbytes)
+        told = {"id": task.id, "kernel": task.kernel, "rows": n, "client": "other", "seen_ms": 1500.0, "key": task.key}
+        self._send(s, protocol.Reply(request=m.request, body={**told, "is_handed": is_handed, "uses": uses}))
+        if is_handed and is_over:
+            outcome = Outcome([(task.id, 0, n)], renamed(task.block))
+            self._numbered(s, lambda seq: protocol.Results(seq=seq, outcomes=[outcome], credit=self._credit(s)))
+        elif is_handed and owner is not s:
+            s.rows, s.bytes = s.rows + uses[0], s.bytes + uses[1]
+            s.submitted[task.id], s.open_rows[task.id] = task, open_rows
+            if owner is not None:
+                owner.open_rows[task.id] = set()
+            self.held = [*((o, h) for o, h in self.held if h is not task), (s, task)]
+
     def _status(self, s: ModelSession, m: protocol.Status) -> None:
         body: dict[str, Any] = {"kernels": self.specs, "is_settled": self.is_settled}
         known = {id_: submit for o in self.sessions.values() for id_, submit in o.submitted.items() if o.open_rows[id_]}
@@ -247,6 +276,8 @@ class ModelBroker:
             body = self._report(known[m.id]) if m.id in known else {"state": "unknown"}
         elif m.what == "tasks" and self.told:
             body = {"tasks": [self._report(submit) for submit in known.values()][:100], "num_open": len(known)}
+        elif m.what in ("jobs", "dead") and self.jobs is not None:
+            body = {"jobs": self.jobs if m.what == "jobs" else [job for job in self.jobs if job["dead"]]}
         elif m.what:
             body["tasks"] = {"open": len(known)}  # older brokers do not know the question
         self._send(s, protocol.Reply(request=m.request, body=body))
@@ -255,8 +286,9 @@ class ModelBroker:
         return {"state": "queued", "id": m.id, "kernel": m.kernel, **self.told} if self.told else {"state": "queued"}
 
     def _control(self, s: ModelSession, m: protocol.Control) -> None:
-        self.controls.append((m.op, m.target))
-        self._send(s, protocol.Reply(request=m.request, error=self.control_error))
+        self.controls.append((m.op, m.target or (m.key or m.id or b"").hex()))
+        body = {"id": b"\x09" * 16} if m.op == "requeue" else {}
+        self._send(s, protocol.Reply(request=m.request, error=self.control_error, body=body))
 
     def _goodbye(self, s: ModelSession, m: protocol.Goodbye) -> None:
         self.sessions.pop(s.secret, None)

@@ -10,7 +10,8 @@ import pytest
 from penstock.client.cli import main
 
 COMMANDS = [
-    "up", "broker", "worker", "call", "bench", "status", "tasks", "task", "drain", "reload", "doctor", "simulate",
+    "up", "broker", "worker", "call", "bench", "status", "tasks", "task", "jobs", "backup", "drain", "reload", "doctor",
+    "simulate",
 ]  # fmt: skip
 
 
@@ -31,9 +32,15 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert "penstock call softmax x=[1,2,3]" in out
 
 
-@pytest.mark.parametrize("command", ["up", "call", "bench", "status", "tasks", "task", "drain", "reload", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "up", "call", "bench", "status", "tasks", "task", "drain", "reload", "doctor", "backup", "jobs", "jobs show",
+        "jobs fetch", "jobs cancel", "jobs requeue", "jobs drop",
+    ],
+)  # fmt: skip
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: penstock {command} ")
     assert max(map(len, out.splitlines())) <= 110
@@ -63,6 +70,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["tasks"], 5, "penstock up"),
         (["task"], 2, "ID"),
         (["task", "3fa9"], 5, "penstock up"),
+        (["jobs"], 5, "penstock up"),
+        (["jobs", "--dead", "--json"], 5, "penstock up"),
+        (["jobs", "show"], 2, "penstock jobs show --help"),
+        (["jobs", "undo", "k"], 2, "undo"),
+        (["jobs", "fetch", "k"], 5, "penstock up"),
+        (["jobs", "--url", "ipc://relative", "drop", "k"], 2, "ipc://relative"),
+        (["backup", "somewhere"], 5, "penstock up"),
         (["call", "softmax", "x=[1]"], 5, "penstock up"),
         (["bench"], 5, "penstock up"),
     ],
@@ -70,7 +84,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors_are_one_line(
     arguments: list[str], status: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock.client.cli.looking.QUICK_CONNECT_S", 0.1)
+    for module in ("looking", "jobs"):
+        monkeypatch.setattr(f"penstock.client.cli.{module}.QUICK_CONNECT_S", 0.1)
     assert main(arguments) == status
     told = capsys.readouterr()
     assert told.out == ""

@@ -55,6 +55,14 @@ def fatal(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
+@kernel("haunted", max_batch_size=2)
+def haunted(x: torch.Tensor) -> torch.Tensor:
+    """Ends its process while the file E2E_GHOST exists."""
+    if os.path.exists(os.environ["E2E_GHOST"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x + 1
+
+
 @kernel("once", idempotent=False, max_batch_size=2)
 def once(x: torch.Tensor) -> torch.Tensor:
     """As `fatal`, but it must not run twice."""

@@ -95,3 +95,20 @@ def test_a_damaged_journal_is_refused_in_one_line(tmp_ipc: Path) -> None:
         assert process.wait(20) == 4
         assert "damaged" in run.log("broker").splitlines()[-1]
         del run.processes["broker"]
+
+
+def test_large_arrays_are_kept_as_well(tmp_ipc: Path) -> None:
+    """What came through shared memory is written, too: the memory goes with the broker that lent it on."""
+    big = np.arange(1 << 19, dtype=np.float32)
+    with running(tmp_ipc, "w") as run, run.client() as ps:
+        durable = ps.options(durable=True)
+        np.testing.assert_array_equal(durable.call("scale", x=big), 2 * big)
+        assert ps.status()["shared"]["rows"] > 0
+        run.kill("w")
+        tasks = [durable.submit("scale", x=big + i) for i in range(4)]
+        for task in tasks:
+            task.accepted()
+        restart_broker(run)
+        run.start_worker("w", "--kernels", str(Path(__file__).with_name("e2e_kernels.py")))
+        for i, task in enumerate(tasks):
+            np.testing.assert_array_equal(task.result(), 2 * (big + i))
