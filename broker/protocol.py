@@ -212,9 +212,13 @@ class Heartbeat(Message):
 
 @message("goodbye")
 class Goodbye(Message):
-    """The peer leaves for good: a client's open tasks are cancelled, a worker's leases return."""
+    """The peer leaves for good: a client's open tasks are cancelled, a worker's leases return.
+
+    `is_fault`: the worker's device is broken, and what it holds may be why: suspects, as if it had died.
+    """
 
     reason: str = wire(TEXT, default="")
+    is_fault: bool = wire(FLAG, default=False)
 
 
 # --- broker -> client ----------------------------------------------------------------------------------------------
@@ -449,6 +453,8 @@ class Assign(Message):
     principal: str = wire(text(128), default="")
     attempt: int = wire(COUNT, default=1)
     traceparent: str | None = wire(text(64, can_be_nil=True), default=None)
+    predicted_ms: float = wire(NUMBER, default=0.0)
+    """What the broker expects the batch to take; 0: it does not know."""
 
 
 @message("cancel")

@@ -35,6 +35,10 @@ from penstock.broker.state import BACK, BrokerState
 from penstock.broker.tasks import DEAD, DONE, FAILED, LEASED, Lease, Piece
 from penstock.broker.wire import Message
 
+TOLD_MS = 100.0
+"""What is predicted to take less is not worth telling: a worker grants every batch seconds."""
+MAX_PREDICTED_MS = 1e12
+
 
 class Workers:
     """All worker sessions and their leases."""
@@ -81,7 +85,7 @@ class Workers:
             case Drain():
                 self.drain(worker)
             case Goodbye():
-                self.lose(worker, "it said goodbye", now, is_suspect=False)
+                self.lose(worker, m.reason or "it said goodbye", now, is_suspect=m.is_fault)
 
     def _send_unattached(self, route: Route) -> None:
         error = Error(Code.UNATTACHED, "this address has no worker session: say hello, then ready")
@@ -127,7 +131,7 @@ class Workers:
         worker.facts, worker.resident = m.device, {k: str(v) for k, v in m.resident.items()}
         worker.device = str(m.device.get("device", worker.device))[:64]
         worker.is_ready = True
-        self.dispatch.arrived(worker)
+        self.dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
         for spec in specs:
             self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
@@ -208,6 +212,7 @@ class Workers:
             lease=lease.token, kernel=queue.spec.name, digest=queue.spec.digest, mode=lease.mode, statics=queue.statics,
             blocks=_blocks(lease.pieces), scalars=_scalars(lease.pieces), attempt=lease.attempt,
             principal=first.session.principal if queue.spec.is_scoped else "", traceparent=first.traceparent,
+            predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
         )  # fmt: skip
         self.state.send(BACK, lease.worker.route, assign)
 

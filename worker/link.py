@@ -42,9 +42,14 @@ class Credit:
     forms it only just before it is needed, as far as it can tell: so batches of more than half a second, which gain
     nothing, are not taken ahead at all; another worker may be free sooner. Times are averaged by their logarithms: they
     differ by decades between bins and kernels, and one batch of a second must not hold up the next ten of a few ms.
+
+    Attributes:
+        is_pressed: memory is short: nothing is taken ahead.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self.is_pressed = False
+        self._most = MAX_WINDOW
         self._max_bytes = max_bytes
         self._log_ms: float | None = None
         self._num_answered = 0
@@ -55,8 +60,13 @@ class Credit:
         """A `ready` follows: the broker counts from the batches that it lists."""
         self._num_answered = self._bytes_answered = self._granted = 0
 
+    def begin_slowly(self) -> None:
+        """After a fault: one batch at first, twice as many after each."""
+        self._most = 1
+
     def measure(self, took_ms: float) -> None:
         """A batch took so long, loading aside."""
+        self._most = min(2 * self._most, MAX_WINDOW)
         log_ms = math.log(max(took_ms, 1e-3))
         self._log_ms = log_ms if self._log_ms is None else self._log_ms + SMOOTHING * (log_ms - self._log_ms)
 
@@ -68,12 +78,14 @@ class Credit:
     @property
     def window(self) -> int:
         """Batches in flight, 1 to 4."""
+        if self.is_pressed:
+            return 1
         if self._log_ms is None:
-            return FIRST_WINDOW
+            return min(FIRST_WINDOW, self._most)
         typical_ms = math.exp(self._log_ms)
         if typical_ms > SLOW_MS:
             return 1
-        return min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / typical_ms))
+        return min(self._most, 1 + math.ceil(AHEAD_MS / typical_ms))
 
     def total(self, num_more: int = 0, more_bytes: int = 0) -> tuple[int, int]:
         """The cumulative [batches, bytes] that may be assigned, once so many more are answered.

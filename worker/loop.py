@@ -7,6 +7,7 @@ Knows when to receive, run, send, wait and end; what messages mean is `link.py`'
 import gc
 import logging
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ from penstock.broker import protocol
 from penstock.broker.address import Address
 from penstock.broker.protocol import Assign, CancelLease, Code, Error, Fault, Welcome
 from penstock.broker.wire import Message, ProtocolError, decode, encode
-from penstock.worker.config import StartError, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, DeviceFault, StartError, WorkerConfig
 from penstock.worker.heartbeat import Heart
 from penstock.worker.link import ATTACHED, AWAY, GREETED, WELCOME, Final, Link
+from penstock.worker.pressure import Pressure
 from penstock.worker.transport import (
     POLLIN,
     POLLOUT,
@@ -35,6 +37,7 @@ from penstock.worker.transport import (
     receive,
     send,
 )
+from penstock.worker.watch import Watch
 
 if TYPE_CHECKING:
     from penstock.worker.work import Outgoing, Work
@@ -44,10 +47,13 @@ HELLO_AGAIN_S = 2.0
 FIRST_WELCOME_S = 1.0
 DRAIN_LIMIT_S = 2.0
 MAX_MESSAGES_PER_TURN = 64
+MAX_REASON = 1000
 MAX_OUTBOX = 256
 """Streams pause while so many messages wait for the broker; answers to batches are bounded by the credit."""
-DEVICE_FAULT_STATUS = 86
 LOOK_S = RECONNECT_MS / 2e3
+CANARY_S = 3600.0
+LEAVE_S = 3.0
+"""Where the device is broken, threads may hang in it: so long they have to end before the process does."""
 
 
 class Refused(StartError):
@@ -59,11 +65,17 @@ class Worker:
 
     Args:
         config: the settings; address: where the broker is.
+        watch: is told what this process does.
+        fault: why the worker before this one has ended, if that was a failure: this one begins slowly, and tells the broker.
     """
 
-    def __init__(self, config: WorkerConfig, address: Address) -> None:
+    def __init__(self, config: WorkerConfig, address: Address, watch: Watch, fault: str = "") -> None:
         self._config = config
         self._address = address
+        self._watch = watch
+        self._fault = fault
+        self._pressure = Pressure(config.memory_high)
+        self._device_fault: str | None = None
         self._link = Link(config.session_name, config.device, config.max_bytes)
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket = dealer(self._context, address.back)
@@ -87,11 +99,14 @@ class Worker:
         self._is_drained = False
         self._is_orphaned = False
         self._was_welcome = False
+        self._canary_at = time.monotonic() + CANARY_S
+        if fault:
+            self._link.credit.begin_slowly()
 
     # --- the process's life ---------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Serve until drained. Returns the exit status: 0 drained, 86 broken device, 128 + n a second signal n.
+        """Serve until drained. Returns the exit status: 0 drained, 86 broken device, 128 + n a second signal n, 1 failed.
 
         Raises:
             StartError: the broker refuses this worker, or what `Engine` says.
@@ -102,7 +117,8 @@ class Worker:
             self._greet()
             from penstock.worker.work import Work  # torch is loaded while the broker knows us as starting
 
-            self._work = Work(self._config, self._link, self._send)
+            self._work = Work(self._config, self._link, self._send, self._watch)
+            self._watch.is_ready = True
             gc.collect()
             gc.freeze()  # torch's some hundred thousand objects are not walked again by every full collection
             engine = self._work.engine
@@ -114,9 +130,34 @@ class Worker:
         except Refused:
             self._link.state = AWAY  # no goodbye to a broker that does not know us
             raise
+        except DeviceFault as e:
+            self._device_fault = str(e)
+        except Exception as e:
+            self._device_fault = self._work.engine.device_fault(e) if self._work is not None else None
+            if self._device_fault is None:
+                raise
+        except SystemExit:
+            if self._num_signals > 1:  # ours: see `on_signal`
+                raise
+            log.exception("a kernel has asked this process to end")
+            self._exit_status = 1
         finally:
-            self._close(reason or ("interrupted" if self._num_signals > 1 else "failed"))
+            self._watch.end()
+            if self._device_fault is not None:
+                self._leave(f"the device is broken: {self._device_fault}")
+            elif reason or self._num_signals > 1:
+                self._close(reason or "interrupted")
+            else:
+                self._close("failed", is_fault=bool(self._link.held))
         return self._exit_status
+
+    def _leave(self, reason: str) -> None:
+        """Tell what can still be told, without waiting for a thread that hangs in the device."""
+        self._exit_status = DEVICE_FAULT_STATUS
+        log.error("%s", reason)
+        closing = threading.Thread(target=self._close, args=(reason[:MAX_REASON], True), daemon=True)
+        closing.start()
+        closing.join(LEAVE_S)
 
     def _greet(self) -> None:
         """Say hello and wait a moment for the welcome; without a broker, it comes later."""
@@ -129,6 +170,7 @@ class Worker:
         """The main loop; the reason for its end."""
         if self._num_signals:
             return "stopped while starting"
+        self._watch.turn()
         while self._num_signals < 2:
             self._check_flags()
             self._receive()
@@ -140,21 +182,24 @@ class Worker:
                 self._poll(0.0)  # a loop that never waits notices here that the connection is gone
                 is_busy = True
             if work.fault is not None:
-                log.error("the device is broken, leaving: %s", work.fault.error.message)
-                self._exit_status = DEVICE_FAULT_STATUS
-                return "the device is broken"
+                raise DeviceFault(work.fault.error.message)
             if is_busy:
                 continue
             if self._can_end(work):
                 return "drained"
+            if time.monotonic() >= self._canary_at:
+                self._canary_at = time.monotonic() + CANARY_S
+                work.engine.check_device()
+            self._watch.rest()
             self._poll(self._next_deadline())
+            self._watch.turn()
         return "interrupted"
 
-    def _close(self, reason: str) -> None:
+    def _close(self, reason: str, is_fault: bool = False) -> None:
         name = self._config.session_name
         self._flush()
         if self._link.state in (ATTACHED, WELCOME):
-            send(self._socket, encode(protocol.Goodbye(reason=reason)))
+            send(self._socket, encode(protocol.Goodbye(reason=reason, is_fault=is_fault)))
         if self._link.held:
             log.warning("worker %s ended, %d leases unanswered: %s", name, len(self._link.held), reason)
         else:
@@ -186,9 +231,14 @@ class Worker:
         self._wake.set()
 
     def _check_flags(self) -> None:
+        if self._device_fault is not None:
+            raise DeviceFault(self._device_fault)
         if self._heart.is_lost:
             self._heart.is_lost = False
             self._lose("it does not answer heartbeats")
+        if self._pressure.has_news and self._work is not None:
+            self._link.credit.is_pressed = self._pressure.is_high
+            self._work.relieve(self._pressure)
         if self._is_orphaned and not self._num_signals:
             log.warning("the parent process is gone")
             self._num_signals = 1
@@ -210,14 +260,14 @@ class Worker:
         is_alone = self._drain_asked_at is not None and self._link.state == AWAY  # nobody is there to say so
         return self._is_drained or is_late or is_alone
 
-    def _next_deadline(self) -> float | None:
-        """Seconds until something is due without any message; None if nothing is."""
-        dues = []
+    def _next_deadline(self) -> float:
+        """Seconds until something is due without any message."""
+        dues = [self._canary_at]
         if self._link.state == GREETED:
             dues.append(self._greeted_at + HELLO_AGAIN_S)
         if self._drain_asked_at is not None:
             dues.append(self._drain_asked_at + DRAIN_LIMIT_S)
-        return max(min(dues) - time.monotonic(), 0.0) + 0.001 if dues else None
+        return max(min(dues) - time.monotonic(), 0.0) + 0.001
 
     # --- the socket -----------------------------------------------------------------------------------------------
 
@@ -337,10 +387,12 @@ class Worker:
     def _get_ready(self, work: "Work") -> None:
         """Offer the kernels and say what is held; then everything that waited for the session."""
         engine = work.engine
-        message = encode(self._link.ready(engine.specs, engine.runner.resident, engine.facts))
+        facts = {**engine.facts, "fault": self._fault} if self._fault else engine.facts
+        message = encode(self._link.ready(engine.specs, engine.runner.resident, facts))
         if not send(self._socket, message):
             self._link.lost()
             return
+        self._fault = ""
         self._flush()
         if self._num_signals:
             self._send(encode(protocol.Drain()))
@@ -357,4 +409,14 @@ class Worker:
     def _facts(self) -> tuple[int, Mapping[str, float]]:
         """Progress and memory for a heartbeat; called by its thread."""
         work = self._work
-        return (work.progress, work.engine.memory()) if work is not None else (0, {})
+        if work is None:
+            return 0, {}
+        try:
+            memory = work.engine.memory()
+        except RuntimeError as e:  # what is asked here fails first when a device breaks while nothing runs
+            self._device_fault = work.engine.device_fault(e) or self._device_fault
+            self._wake.set()
+            return work.progress, {}
+        if self._pressure.observe(memory.get("used_fraction", 0.0)):
+            self._wake.set()
+        return work.progress, memory

@@ -17,7 +17,9 @@ from penstock.worker.config import WorkerConfig
 from penstock.worker.engine import Engine
 from penstock.worker.failures import Failure
 from penstock.worker.link import Final, Link
+from penstock.worker.pressure import Pressure
 from penstock.worker.streams import Ended
+from penstock.worker.watch import Watch
 
 log = logging.getLogger("penstock.worker")
 
@@ -36,8 +38,8 @@ class Work:
         fault: the device is broken for good, and why.
     """
 
-    def __init__(self, config: WorkerConfig, link: Link, send: Callable[[Outgoing], None]) -> None:
-        self.engine = Engine(config, self._announce)
+    def __init__(self, config: WorkerConfig, link: Link, send: Callable[[Outgoing], None], watch: Watch) -> None:
+        self.engine = Engine(config, self._announce, watch)
         self.progress = 0
         self.is_in_kernel = False
         self.fault: Failure | None = None
@@ -95,7 +97,8 @@ class Work:
         self.is_in_kernel = False
         self.progress += 1
         self._link.credit.measure((time.perf_counter() - began) * 1e3 - clock.load_ms)
-        self._send(Final(assign.lease, answers, clock.timings()))
+        if answers:
+            self._send(Final(assign.lease, answers, clock.timings()))
         self.fault = self.fault or fault
         return True
 
@@ -110,6 +113,20 @@ class Work:
             else:
                 self._end(event)
 
+    def relieve(self, pressure: Pressure) -> None:
+        """Memory is short, or no longer: give back caches first, then kernels that nobody waits for, one at a time."""
+        share, pressure.has_news = 100.0 * pressure.fraction, False
+        if not pressure.is_high:
+            log.info("memory: %.0f %% in use, no longer short", share)
+            return
+        num_bytes = self.engine.runner.recover_memory()
+        log.warning("memory: %.0f %% in use; caches cleared, %.0f MiB of them kernels' own", share, num_bytes / 2**20)
+        if pressure.num_high > 1:
+            wanted = {assign.kernel for assign, _ in self._waiting} | self.engine.streams.kernels
+            name = self.engine.runner.unload_one(but=wanted)
+            if name is not None:
+                log.warning("memory: unloaded kernel %r, the one used least recently", name)
+
     @contextmanager
     def _in_kernel(self) -> Iterator[None]:
         self.is_in_kernel = True
@@ -120,7 +137,8 @@ class Work:
 
     def _end(self, ended: Ended) -> None:
         self.progress += 1
-        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
+        if ended.answer is not None:
+            self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
         self.fault = self.fault or ended.fault
 
     def _announce(self, resident: Resident) -> None:

@@ -315,8 +315,10 @@ class FakeWorker(Peer):
         is_ready: bool = True,
         principal: str = "uid:1",
         pid: int = 0,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(world, name, principal)
+        self.facts = facts or {}
         self.specs = list(specs)
         self.credit = [batches, num_bytes]
         self.leases: dict[int, p.Assign] = {}
@@ -334,7 +336,7 @@ class FakeWorker(Peer):
     def ready(self, leases: Sequence[int] | None = None) -> None:
         held = list(self.leases) if leases is None else list(leases)
         self.leases = {token: self.leases[token] for token in held if token in self.leases}
-        self.send(p.Ready(specs=self.specs, credit=self.credit, leases=held))
+        self.send(p.Ready(specs=self.specs, credit=self.credit, leases=held, device=self.facts))
 
     def receive(self, message: Message) -> None:
         super().receive(message)
