@@ -13,11 +13,14 @@ OURS = tuple(f"penstock.{name}" for name in PACKAGES)
 # What the other packages may use of the broker: the words of the protocol, never the core, the policy or the server.
 PROTOCOL = tuple(f"penstock.broker.{name}" for name in ("address", "columns", "errors", "protocol", "settings", "wire"))
 
+# What every program has: log lines, and words to a service manager.
+PROCESS = ("penstock.broker.logs", "penstock.broker.notify")
+
 ALLOWED = {
     "broker": ("penstock.broker",),
     "client": ("penstock.client", *PROTOCOL),
     "kernels": ("penstock.kernels",),
-    "worker": ("penstock.worker", "penstock.kernels", *PROTOCOL),
+    "worker": ("penstock.worker", "penstock.kernels", *PROCESS, *PROTOCOL),
 }
 
 # Import names of the base install's distributions that differ from the distributions' own.
