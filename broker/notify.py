@@ -25,10 +25,6 @@ class Notifier:
     def __init__(self, env: MutableMapping[str, str] = os.environ) -> None:
         address, usec, pid = (env.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"))
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._socket: socket.socket | None = None
-        if self._address:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.settimeout(MAX_SEND_S)
         is_watched = bool(address) and usec.isdecimal() and int(usec) > 0 and pid in ("", str(os.getpid()))
         self.interval_s = int(usec) / 2e6 if is_watched else None
         self._due_at: float | None = None
@@ -64,12 +60,14 @@ class Notifier:
 
     def _send(self, lines: list[str], status: str) -> None:
         """One datagram; the status only if it is news."""
-        if self._socket is None:
+        if not self._address:
             return
         if status != self._status:
             self._status = status
             lines.append("STATUS=" + " ".join(status.split()))
         try:
-            self._socket.sendto("\n".join(lines).encode(), self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+                s.settimeout(MAX_SEND_S)
+                s.sendto("\n".join(lines).encode(), self._address)
         except OSError as e:
             log.warning("the service manager does not hear %s: %s", lines[0], e)
