@@ -129,6 +129,12 @@ def test_the_broker_sees_who_its_clients_are() -> None:
         assert entries(name)["User"] == entries(name)["Group"] == ["penstock"]
 
 
+def test_libzmq_may_set_the_policy_of_its_threads() -> None:
+    *_, denied, allowed = entries(BROKER)["SystemCallFilter"]
+    assert denied == "~@privileged @resources"
+    assert allowed == "sched_setscheduler", "it aborts without"
+
+
 # --- install-service -----------------------------------------------------------------------------------------------
 
 
