@@ -19,15 +19,21 @@ from penstock.broker.address import Address, connection_file, remove_connection,
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
+from penstock.broker.durable import DurableJournal
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
+from penstock.broker.journal import Journal
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.notify import Notifier
 from penstock.broker.pages import pages_of
 from penstock.broker.processes import Processes
-from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, Attach, Hello, WorkerHeartbeat, WorkerHello
+from penstock.broker.promises import Promises
+from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, Attach, Hello, Share, WorkerHeartbeat, WorkerHello
 from penstock.broker.responder import Responder
+from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
+from penstock.broker.storage.sqlite import SqliteStore
+from penstock.broker.storage.store import Store
 from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
 
 log = logging.getLogger("penstock.broker")
@@ -42,6 +48,8 @@ FAREWELL_S = 0.2
 SELF_TEST_S = 10.0
 CLOSE_S = 30.0
 """What is left to do when no task is open any more, mostly to write files, may take so long."""
+ROOM_S = 2.0
+"""How often the space on the journal's disk is looked at."""
 COPIED_BYTES = 2048
 """Up to here a received frame is copied: keeping a frame object costs more memory than the copy takes time."""
 
@@ -64,8 +72,9 @@ class Server:
         now = time.monotonic()
         self.address = address
         self.core = Core(
-            settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, pid=os.getpid(),
-            configuration=Configuration(settings, load, now), metrics=Metrics() if settings.broker.metrics else NoMetrics(),
+            settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, journal=_journal(settings.broker, now),
+            pid=os.getpid(), configuration=Configuration(settings, load, now),
+            metrics=Metrics() if settings.broker.metrics else NoMetrics(), memory=host_memory() if address.is_ipc else None,
         )  # fmt: skip
         self.longest_turn_s = 0.0
         self._lock: Any = None
@@ -77,9 +86,12 @@ class Server:
         self._processes = Processes(self._poller)
         self._responder = Responder(pages_of(self.core))
         self._keepers: list[Keeper] = []
+        self._store: Store | None = None
+        self._promises = Promises(None, self._send)
         self._signals = Signals()
         self._notifier = Notifier()
         self._stop_at: float | None = None
+        self._looked_at = now
 
     @property
     def config(self) -> BrokerConfig:
@@ -107,11 +119,28 @@ class Server:
             port = self._responder.open(host, port)
             log.info("metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
         self.keep("predictions", self.core.state.policy.predictor)
+        self._open_journal()
+
+    @property
+    def _folder(self) -> Path:
+        """Where this broker's files are; ours once the address is."""
+        return broker_folder(self.config.state_dir or default_state_dir(), self.address.url)
+
+    def _open_journal(self) -> None:
+        """Take up the durable tasks of earlier brokers. Raises StorageError."""
+        if not self.core.state.journal.is_durable:
+            return
+        began = time.monotonic()
+        self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
+        self._promises = Promises(store, self._send)
+        num_open = self.core.restore(store.load(), began)
+        self._poller.register(store.fileno(), zmq.POLLIN)
+        if num_open:
+            log.info("%d durable tasks go on, read in %.1f s", num_open, time.monotonic() - began)
 
     def keep(self, name: str, learner: Learner) -> None:
         """Have what it learns outlive this process, in a folder that is ours once the address is."""
-        folder = broker_folder(self.config.state_dir or default_state_dir(), self.address.url)
-        keeper = Keeper(folder / f"{name}.json", learner, time.monotonic())
+        keeper = Keeper(self._folder / f"{name}.json", learner, time.monotonic())
         keeper.restore()
         self._keepers.append(keeper)
 
@@ -161,6 +190,8 @@ class Server:
         for s in self._sockets.values():
             s.close()
         self._context.term()
+        if self._store is not None:
+            self._store.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -233,6 +264,8 @@ class Server:
         self._responder.sweep(started)
         for keeper in self._keepers:
             keeper.turn(started)
+        if self._store is not None and started - self._looked_at > ROOM_S:
+            self._looked_at, self.core.state.journal.has_room = started, self._store.has_room()
         took = time.monotonic() - started
         if took > self.longest_turn_s:
             self.longest_turn_s = took
@@ -241,8 +274,10 @@ class Server:
             self._notifier.alive(started, self._status())
 
     def _take_other(self, fd: int) -> None:
-        """Something other than a message: a signal of ours, the end of a worker's process, or somebody with HTTP."""
-        if fd == self._signals.fd:
+        """Something other than a message: a signal of ours, the end of a peer's process, or somebody with HTTP."""
+        if self._store is not None and fd == self._store.fileno():
+            self._promises.release()
+        elif fd == self._signals.fd:
             self._signals.drain()
         elif self._responder.owns(fd):
             self._responder.handle(fd, time.monotonic())
@@ -264,9 +299,9 @@ class Server:
             self._handle(Malformed(side, route, str(e)))
             return
         principal, pid = "", 0
-        if isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat):
+        if isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
             principal, pid = self._identify(first)
-        if isinstance(message, WorkerHello):
+        if isinstance(message, WorkerHello | Share):
             self._processes.watch(pid)
         self._handle(Received(side, route, principal, message, pid))
 
@@ -282,20 +317,30 @@ class Server:
         self._perform(self.core.handle(event, time.monotonic()))
 
     def _perform(self, actions: list[Send]) -> None:
-        for action in actions:
-            s, frames = self._sockets[action.side], encode(action.message)
-            try:
-                s.send(action.route, _SNDMORE | _NOBLOCK)
-            except zmq.ZMQError as e:
-                # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
-                if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                    raise
-                self._perform(self.core.handle(PeerLost(action.side, action.route), time.monotonic()))
-                continue
-            last = frames.pop()
-            for frame in frames:
-                s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
-            s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+        self._promises.perform(actions, self.core.take_writes())
+
+    def _send(self, action: Send) -> None:
+        s, frames = self._sockets[action.side], encode(action.message)
+        try:
+            s.send(action.route, _SNDMORE | _NOBLOCK)
+        except zmq.ZMQError as e:
+            # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
+            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._handle(PeerLost(action.side, action.route))
+            return
+        last = frames.pop()
+        for frame in frames:
+            s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
+        s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+
+
+def _journal(config: BrokerConfig, now: float) -> Journal:
+    if config.journal == "memory":
+        return Journal(config.dedup_window_s, config.dedup_bytes)
+    return DurableJournal(
+        config.dedup_window_s, config.dedup_bytes, config.result_ttl_s, config.max_kept_bytes, time.time() - now
+    )
 
 
 def _lock(path: Path, address: Address) -> Any:

@@ -236,7 +236,7 @@ class Client(Verbs):
         found = Address.find(address)
         session = Session(config, config.shown_name, os.urandom)
         line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s)
-        super().__init__(line, Catalog(), config, Options(timeout=config.timeout))
+        super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
 
     def close(self) -> None:
         """Cancel what is open and disconnect. May be called twice."""

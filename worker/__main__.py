@@ -16,7 +16,7 @@ from pathlib import Path
 from penstock.broker import logs
 from penstock.broker.address import Address, AddressError
 from penstock.broker.settings import SettingsError, load
-from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, StartError, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, StartError, WorkerConfig
 
 USAGE_STATUS = 2
 PR_SET_PDEATHSIG = 1
@@ -57,10 +57,15 @@ def parser() -> argparse.ArgumentParser:
     add("--kernels", action="append", metavar="MODULE", help="a module, or a .py file, with kernels; repeatable")
     add("--option", action="append", dest="options", metavar="KERNEL.KEY=VALUE",
         help="an argument of a kernel's class, as JSON or text; repeatable")  # fmt: skip
+    add("--precision", action="append", metavar="KERNEL=PRECISION",
+        help="bf16 or fp16: mixed precision for that kernel; repeatable")  # fmt: skip
     add("--state-dir", type=Path, metavar="FOLDER",
         help="where kernels keep files (default: $XDG_STATE_HOME/penstock, ~/.local/state/penstock)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="torch's CPU threads (default: torch's own choice)")
     add("--max-bytes", type=int, metavar="N", help="payload bytes taken ahead of the answers (default: 256 MiB)")
+    add("--slots", type=int, metavar="N", help="batches in flight on the device; 0: no overlap (default: 3 on cuda, else 0)")
+    add("--pool-bytes", type=int, metavar="N", help="pinned memory for them, and as much on the device (default: 256 MiB)")
+    add("--scrub", choices=SCRUBS, help="clients' bytes in that memory (default: zero, before another client has it)")
     add("--parent", type=int, metavar="PID", help="end when this process is no longer the parent")
     add("--log-level", choices=LOG_LEVELS, help="default: info")
     add("--config", type=Path, metavar="FILE", help="a TOML file (default: ./penstock.toml if there is one)")

@@ -13,7 +13,10 @@ from pathlib import Path
 DEVICE = re.compile(r"auto|cpu|mps|cuda|cuda:\d{1,3}")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_NAME = 64
+PRECISION = re.compile(r"([^=\s]+)=(fp32|fp16|bf16)")
+SCRUBS = ("zero", "poison", "none")
 MAX_THREADS = 1024
+MAX_SLOTS = 16
 MAX_BYTES = (1 << 63) - 1
 MAX_LIMIT_S = 7 * 86400.0
 
@@ -51,9 +54,14 @@ class WorkerConfig:
         name: shown in status and logs, 1 to 64 characters; None = made from the device and the process id.
         kernels: modules or .py files with kernels, beside the built-in ones.
         options: `kernel.key=value`, values as JSON or else as text.
+        precision: `kernel=bf16`, `kernel=fp16`: torch.autocast around that kernel; `kernel=fp32` is the default.
         state_dir: where kernels keep files; None = $XDG_STATE_HOME/penstock or ~/.local/state/penstock.
         threads: torch's threads within an operator on the CPU; None = torch's own choice.
         max_bytes: payload bytes that the broker may assign ahead of the answers.
+        slots: batches in flight on the device; 0 = one after another; None = 3 on cuda, 0 elsewhere.
+        pool_bytes: pinned host memory for batches in flight, and as much on the device; without slots none is taken.
+        scrub: what becomes of clients' bytes in that memory: zero (before another client has it), poison, none.
+        shared_bytes: memory that large results may take on their way to clients on this machine; 0: all go through the socket.
         parent: process id of the starter; the worker ends when that is no longer its parent.
         log_level: debug, info, warning or error.
         hang_limit_s: no run of a kernel counts as hung before it has taken this many seconds.
@@ -70,9 +78,14 @@ class WorkerConfig:
     name: str | None = None
     kernels: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    precision: tuple[str, ...] = ()
     state_dir: Path | None = None
     threads: int | None = None
     max_bytes: int = 256 * 1024 * 1024
+    slots: int | None = None
+    pool_bytes: int = 256 * 1024 * 1024
+    scrub: str = "zero"
+    shared_bytes: int = 256 * 1024 * 1024
     parent: int | None = None
     log_level: str = "info"
     hang_limit_s: float = 10.0
@@ -91,6 +104,14 @@ class WorkerConfig:
             raise ValueError(f"threads must be 1 to {MAX_THREADS}, not {self.threads}")
         if not 1024 * 1024 <= self.max_bytes <= MAX_BYTES:
             raise ValueError(f"max_bytes must be 1048576 or more, not {self.max_bytes}")
+        if self.slots is not None and not 0 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots must be 0 to {MAX_SLOTS}, not {self.slots}")
+        if not 1024 * 1024 <= self.pool_bytes <= MAX_BYTES:
+            raise ValueError(f"pool_bytes must be 1048576 or more, not {self.pool_bytes}")
+        if self.scrub not in SCRUBS:
+            raise ValueError(f"scrub must be one of {', '.join(SCRUBS)}, not {self.scrub!r}")
+        if not 0 <= self.shared_bytes <= MAX_BYTES:
+            raise ValueError(f"shared_bytes must not be negative, not {self.shared_bytes}")
         if self.parent is not None and self.parent < 1:
             raise ValueError(f"parent must be a process id, not {self.parent}")
         if self.log_level not in LOG_LEVELS:
@@ -103,6 +124,7 @@ class WorkerConfig:
         if not 0.1 <= self.memory_high <= 1.0:
             raise ValueError(f"memory_high is a share of the memory from 0.1 to 1, not {self.memory_high}")
         parse_options(self.options)
+        parse_precision(self.precision)
         parse_scans(self.scan_outputs)
 
     @property
@@ -144,3 +166,14 @@ def _value(text: str) -> Option:
     except ValueError:
         return text
     return text if isinstance(value, dict) else value
+
+
+def parse_precision(entries: tuple[str, ...]) -> dict[str, str]:
+    """`("embed=bf16",)` as `{"embed": "bf16"}`. Raises ValueError."""
+    parsed: dict[str, str] = {}
+    for entry in entries:
+        found = PRECISION.fullmatch(entry)
+        if found is None:
+            raise ValueError(f"a precision is kernel=fp32, kernel=fp16 or kernel=bf16, not {entry!r}")
+        parsed[found[1]] = found[2]
+    return parsed

@@ -10,7 +10,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,10 @@ import zmq
 
 from penstock.broker import protocol
 from penstock.broker.address import Address
-from penstock.broker.protocol import Assign, CancelLease, Code, Error, Fault, Welcome
+from penstock.broker.columns import Buffer
+from penstock.broker.peer_memory import PeerMemory
+from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
+from penstock.broker.segments import Segment
 from penstock.broker.wire import Message, ProtocolError, decode, encode
 from penstock.worker.config import DEVICE_FAULT_STATUS, DeviceFault, StartError, WorkerConfig
 from penstock.worker.heartbeat import Heart
@@ -51,6 +54,9 @@ MAX_REASON = 1000
 MAX_OUTBOX = 256
 """Streams pause while so many messages wait for the broker; answers to batches are bounded by the credit."""
 LOOK_S = RECONNECT_MS / 2e3
+SPIN_S = 30e-6
+NAP_S = 20e-6
+MAX_WATCH_S = 0.05
 CANARY_S = 3600.0
 LEAVE_S = 3.0
 """Where the device is broken, threads may hang in it: so long they have to end before the process does."""
@@ -77,6 +83,7 @@ class Worker:
         self._pressure = Pressure(config.memory_high)
         self._device_fault: str | None = None
         self._link = Link(config.session_name, config.device, config.max_bytes)
+        self._memory = PeerMemory(config.shared_bytes, is_writable=config.device not in ("cpu", "mps"))
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket = dealer(self._context, address.back)
         self._monitor = Monitor(self._socket)
@@ -117,7 +124,7 @@ class Worker:
             self._greet()
             from penstock.worker.work import Work  # torch is loaded while the broker knows us as starting
 
-            self._work = Work(self._config, self._link, self._send, self._watch)
+            self._work = Work(self._config, self._link, self._memory, self._send, self._watch)
             self._watch.is_ready = True
             gc.collect()
             gc.freeze()  # torch's some hundred thousand objects are not walked again by every full collection
@@ -187,6 +194,9 @@ class Worker:
                 continue
             if self._can_end(work):
                 return "drained"
+            if work.is_flying:
+                self._await_device(work)
+                continue
             if time.monotonic() >= self._canary_at:
                 self._canary_at = time.monotonic() + CANARY_S
                 work.engine.check_device()
@@ -205,6 +215,7 @@ class Worker:
         else:
             log.info("worker %s ended: %s", name, reason)
         self._heart.stop()
+        self._unpin(self._memory.close())
         self._monitor.close()
         self._socket.close()
         self._context.term()
@@ -244,6 +255,7 @@ class Worker:
             self._num_signals = 1
         if self._num_signals and self._drain_asked_at is None:
             self._drain_asked_at = time.monotonic()
+            self._memory.is_ending = True  # the broker may look at the last answers when this process is gone
             log.info("worker %s drains: %d leases to finish", self._config.session_name, len(self._link.held))
             if self._link.state == ATTACHED:
                 self._send(encode(protocol.Drain()))
@@ -273,7 +285,7 @@ class Worker:
 
     def _poll(self, timeout_s: float | None) -> None:
         """Wait for a message, a wake-up, a change of the connection, or room to send what waits."""
-        is_sending = bool(self._outbox and self._link.state == ATTACHED) or self._link.state == AWAY
+        is_sending = self._is_sending()
         wanted = POLLIN | POLLOUT if is_sending else POLLIN
         # The socket's descriptor tells of changes only, so its state is asked before every wait. One system call, where
         # zmq_poll makes several.
@@ -288,6 +300,26 @@ class Worker:
                 self._hello()
             else:
                 self._flush()
+
+    def _is_sending(self) -> bool:
+        return bool(self._outbox and self._link.state == ATTACHED) or self._link.state == AWAY
+
+    def _await_device(self, work: "Work") -> None:
+        """Wait until the oldest batch in flight is through, or for what `_poll` waits for.
+
+        The device has no descriptor to poll, and a thread that waits for it would hand over through the interpreter's lock.
+        So: spin for as long as the shortest batches take, then look, nap, look: a nap takes 20 us and the system's slack
+        of about 50, which is what an answer may lie there for, and looking costs a fifth of a core while the device works.
+        """
+        began = time.perf_counter()
+        while not work.has_landed():
+            wanted = POLLIN | POLLOUT if self._is_sending() else POLLIN
+            waited_s = time.perf_counter() - began
+            if is_ready(self._socket, wanted) or waited_s > MAX_WATCH_S:
+                break
+            if waited_s > SPIN_S and select.select((self._fd, self._wake.fd, self._monitor.fd), (), (), NAP_S)[0]:
+                break
+        self._poll(0.0)
 
     def _look(self) -> None:
         """Has the connection broken? A new one may stand already, to a broker that does not know its address."""
@@ -322,11 +354,17 @@ class Worker:
             if not isinstance(item, Final):
                 if not send(self._socket, item):
                     return
-            elif all(send(self._socket, frames) for frames in self._link.encode(item)):
+            elif all(self._send_answers(frames, answers) for frames, answers in self._link.encode(item)):
                 self._link.sent(item)
             else:
                 return  # as a whole once more: the broker drops what it has had
             outbox.popleft()
+
+    def _send_answers(self, frames: list[Buffer], answers: Sequence[Answer]) -> bool:
+        if not send(self._socket, frames):
+            return False
+        self._memory.lend(answer.block for answer in answers if answer.block is not None)
+        return True
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -351,8 +389,10 @@ class Worker:
                 self._work.cancel(message.lease)
         elif isinstance(message, Welcome):
             self._on_welcome(message)
+        elif isinstance(message, protocol.Release):
+            self._unpin(self._memory.release(message))
         elif isinstance(message, protocol.Drain):
-            self._is_drained = True
+            self._is_drained = self._memory.is_ending = True
             self._drain_asked_at = self._drain_asked_at or time.monotonic()
         elif isinstance(message, protocol.Goodbye):
             log.info("the broker says goodbye: %s", message.reason or "no reason given")
@@ -367,11 +407,16 @@ class Worker:
                 log.warning("the broker does not know of %d leases held here: they are dropped", num_held)
         if self._link.state != WELCOME:
             return
+        self._unpin(self._memory.welcome(welcome.shared))
         self._heart.begin(welcome.heartbeat_ms)
         if self._is_away_logged:
             how = "with the same session" if welcome.is_resumed else "with a new session"
             log.info("the broker is back %s, epoch %d", how, welcome.epoch)
         self._is_away_logged, self._was_welcome = False, True
+
+    def _unpin(self, segments: list[Segment]) -> None:
+        if self._work is not None:
+            self._work.engine.pins.unpin(segments)
 
     def _take(self, assign: Assign) -> None:
         if self._work is None:
@@ -387,6 +432,9 @@ class Worker:
     def _get_ready(self, work: "Work") -> None:
         """Offer the kernels and say what is held; then everything that waited for the session."""
         engine = work.engine
+        if self._memory.is_on and not send(self._socket, encode(self._memory.share())):
+            self._link.lost()
+            return
         facts = {**engine.facts, "fault": self._fault} if self._fault else engine.facts
         message = encode(self._link.ready(engine.specs, engine.runner.resident, facts))
         if not send(self._socket, message):

@@ -17,11 +17,12 @@ import torch
 from penstock.broker.columns import Block, gather
 from penstock.broker.protocol import Answer, Assign, Code, Error, Resident
 from penstock.kernels import Context, InvalidInput, Kernel
-from penstock.worker import canary, devices, scan
+from penstock.worker import devices, scan
 from penstock.worker.config import DeviceFault
 from penstock.worker.failures import Failure, describe, describe_load, device_fault, is_out_of_memory
 from penstock.worker.inputs import Inputs, Plan, take_rows
 from penstock.worker.outputs import fetch, to_block
+from penstock.worker.precision import Precision, run
 from penstock.worker.watch import Watch
 
 log = logging.getLogger("penstock.worker")
@@ -90,6 +91,7 @@ class Runner:
         announce: told when a kernel with state is loading, ready, failed, or absent again.
         watch: is told what runs.
         scans: kernel -> "warn" or "fail" for rows with outputs that are not finite.
+        precisions: of the kernels that do not run in their own.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class Runner:
         announce: Callable[[Resident], None],
         watch: Watch | None = None,
         scans: Mapping[str, str] | None = None,
+        precisions: Mapping[str, Precision] | None = None,
     ) -> None:
         self.device = device
+        self.precisions = precisions or {}
         self.plans = {name: Plan(kernel, device) for name, kernel in kernels.items()}
         self.resident = {name: ABSENT for name, kernel in kernels.items() if kernel.spec.resident}
         self.num_runs = 0
@@ -132,7 +136,7 @@ class Runner:
             if isinstance(prepared, Error):
                 return [Answer(0, num_rows, error=prepared)], clock, None
             plan, fixed = prepared
-            batch = _Batch(self, plan, fixed, assign, num_rows, clock)
+            batch = Batch(self, plan, fixed, assign, num_rows, clock)
             answers = batch.solve(0, num_rows)
         return answers, clock, batch.fault
 
@@ -225,13 +229,15 @@ class Runner:
     def device_fault(self, failure: Failure) -> Failure | None:
         """The device has refused something: whether it still computes decides if that was all."""
         try:
-            canary.check(self.device)
+            devices.known_answer(self.device)
+        except torch.OutOfMemoryError:
+            return None
         except DeviceFault as e:
             return replace(failure, error=replace(failure.error, message=f"{failure.error.message}; {e}"), is_device_fault=True)
         return None
 
 
-class _Batch:
+class Batch:
     """One batch being solved: run as a whole, and in halves of halves where that fails."""
 
     __slots__ = ("assign", "clock", "fault", "fixed", "num_rows", "plan", "runner")
@@ -251,6 +257,10 @@ class _Batch:
         if self._recovers(outcome) and self.plan.is_idempotent:
             outcome = self._attempt(start, stop)  # kernels' caches had taken the room
             self._recovers(outcome)
+        return self.judge(outcome, start, stop)
+
+    def judge(self, outcome: Outcome | Failure, start: int, stop: int) -> list[Answer]:
+        """Answers for rows that ran with this outcome, by running parts of them where that may help."""
         if not isinstance(outcome, Failure):
             return self._answers(start, stop, outcome)
         if outcome.is_out_of_memory:
@@ -290,7 +300,8 @@ class _Batch:
         """One run. Everything that the run made, its exception included, is gone when this returns a Failure."""
         clock, runner, name = self.clock, self.runner, self.plan.name
         try:
-            inputs = self._inputs(start, stop)
+            inputs = runner.to_device(self.assemble(start, stop))
+            inputs.update(self.fixed)
         except Exception as e:
             clock.h2d_ms += clock.lap()
             return describe(name, e)
@@ -299,7 +310,7 @@ class _Batch:
         runner.num_runs += 1
         runner.watch.start(name, self.assign.predicted_ms)
         try:
-            outputs = self.plan.kernel.run(**inputs)
+            outputs = run(self.plan.kernel, inputs, runner.precisions.get(name))
             sums = scan.sums(outputs) if name in runner.scans else None
             if not runner.is_cpu:
                 devices.synchronize(runner.device)
@@ -310,26 +321,24 @@ class _Batch:
         except Exception as e:
             runner.watch.stop(False)
             clock.compute_ms += clock.lap()
-            return self._blame(describe(name, e), stop - start)
+            return self.blame(describe(name, e), stop - start)
         runner.watch.stop(True)
         clock.d2h_ms += clock.lap()
         return block, bad
 
-    def _inputs(self, start: int, stop: int) -> Inputs:
+    def assemble(self, start: int, stop: int) -> Inputs:
+        """The batched inputs of rows [start, stop) on the CPU. Raises InvalidInput."""
         blocks: Sequence[Block] = self.assign.blocks
         scalars: Mapping[str, Any] = self.assign.scalars
         if stop - start < self.num_rows:
             blocks, scalars = take_rows(blocks, scalars, start, stop)
-        clock = self.clock
-        clock.lap()
+        self.clock.lap()
         batched = self.plan.batch(blocks, scalars)
         if self.plan.is_padded and stop - start == self.num_rows:
-            clock.padding_ratio = self.plan.padding_ratio(batched)
-        inputs = self.runner.to_device(batched)
-        inputs.update(self.fixed)
-        return inputs
+            self.clock.padding_ratio = self.plan.padding_ratio(batched)
+        return batched
 
-    def _blame(self, failure: Failure, num_rows: int) -> Failure:
+    def blame(self, failure: Failure, num_rows: int) -> Failure:
         """A kernel that is not idempotent may have had its effect on some rows: it must not run again."""
         if self.plan.is_idempotent or num_rows == 1:
             return failure

@@ -16,6 +16,7 @@ from penstock.worker import devices
 from penstock.worker.failures import Failure, describe
 from penstock.worker.inputs import Plan
 from penstock.worker.outputs import to_row
+from penstock.worker.precision import open_task, step
 from penstock.worker.runner import Clock, Runner
 
 
@@ -71,7 +72,7 @@ class Streams:
                 inputs = self._runner.to_device(plan.single(assign.blocks, assign.scalars))
                 clock.h2d_ms += clock.lap()
                 watch.start(f"{plan.name}.open", assign.predicted_ms)
-                state = plan.kernel.open(**inputs, **fixed)
+                state = open_task(plan.kernel, {**inputs, **fixed}, self._runner.precisions.get(plan.name))
                 watch.stop(True)
                 clock.compute_ms += clock.lap()
             except Exception as e:
@@ -111,8 +112,8 @@ class Streams:
     def _step(self, active: list[Stream]) -> Iterator[WorkerPartial | Ended]:
         steps = self._attempt(active)
         if not isinstance(steps, Failure):
-            for stream, step in zip(active, steps, strict=True):
-                yield from self._emit(stream, step)
+            for stream, said in zip(active, steps, strict=True):
+                yield from self._emit(stream, said)
             return
         if steps.is_out_of_memory:
             self._runner.recover_memory()
@@ -132,7 +133,7 @@ class Streams:
         runner.num_runs += 1
         runner.watch.start(f"{plan.name}.step", max(stream.predicted_ms for stream in active))
         try:
-            steps = plan.kernel.step([stream.state for stream in active])
+            steps = step(plan.kernel, [stream.state for stream in active], runner.precisions.get(plan.name))
             devices.synchronize(runner.device)
         except Exception as e:
             runner.watch.stop(False)
@@ -143,12 +144,12 @@ class Streams:
             stream.clock.compute_ms += took
         return steps
 
-    def _emit(self, stream: Stream, step: Step) -> Iterator[WorkerPartial | Ended]:
+    def _emit(self, stream: Stream, said: Step) -> Iterator[WorkerPartial | Ended]:
         began = time.perf_counter()
         name = stream.plan.name
         try:
-            chunk = to_row(name, step.chunk) if step.chunk else None
-            result = None if step.result is None else to_row(name, step.result)
+            chunk = to_row(name, said.chunk) if said.chunk else None
+            result = None if said.result is None else to_row(name, said.result)
         except Exception as e:
             yield self._fail(stream, describe(name, e))
             return

@@ -19,7 +19,9 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "overload": ("overload", {"seconds": "seconds"}),
     "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
     "prediction": ("prediction", {}),
+    "durable": ("durable", {"pairs": "num_pairs", "seconds": "seconds", "tasks": "max_tasks"}),
     "kernels": ("kernel_bench", {"device": "device", "ops": "ops", "quick": "is_quick", "pairs": "num_rounds"}),
+    "shared": ("shared", {"pairs": "num_pairs"}),
     "peers": ("peers", {"seconds": "seconds"}),
 }
 """What there is: its module, and which options its `measure` takes under which names."""
@@ -46,7 +48,9 @@ def main() -> int:
         epilog="throughput: map, submit and call against bare pyzmq. queued: memory and time per queued task. "
         "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
         "worker can do. policy: what a decision costs. prediction: measured times of the built-in kernels. "
+        "durable: tasks on disk against tasks in memory, and restarts with many queued. "
         "kernels: each kernel's correctness, then its time against the device's floor and against other implementations. "
+        "shared: large arrays through shared memory against the socket. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )
     p.add_argument("what", nargs="?", default="throughput", choices=tuple(BENCHES))

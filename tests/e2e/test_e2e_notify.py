@@ -57,6 +57,24 @@ def test_a_broker_is_ready_when_it_answers(run: Running, ear: NotifySocket) -> N
     assert all(notice.pid == broker.pid for notice in ear.drain()), "who does not get the address is not ready"
 
 
+def test_a_broker_is_ready_when_it_has_read_its_journal(run: Running, ear: NotifySocket) -> None:
+    start_broker(run, ear)
+    ear.wait("READY")
+    run.start_worker("w", "--kernels", str(KERNELS))
+    run.wait_ready("w")
+    with run.client(name="doomed") as client:
+        durable = client.options(durable=True)
+        durable.call("scale", x=ONE)
+        run.kill("w")
+        for _ in range(3):
+            durable.submit("scale", x=ONE).accepted()
+        run.kill("broker")
+        client.close()  # who is not there cannot submit them again
+    ear.drain()
+    start_broker(run, ear)
+    assert ear.wait("READY").fields["STATUS"].startswith("3 open tasks")
+
+
 def test_a_broker_gives_signs_of_life_until_its_loop_stands_still(run: Running, ear: NotifySocket) -> None:
     broker = start_broker(run, ear)
     for _ in range(4):

@@ -11,7 +11,10 @@ from source_tree import PACKAGES, ROOT, find_imports, imports_of, package_files
 OURS = tuple(f"penstock.{name}" for name in PACKAGES)
 
 # What the other packages may use of the broker: the words of the protocol, never the core, the policy or the server.
-PROTOCOL = tuple(f"penstock.broker.{name}" for name in ("address", "columns", "errors", "protocol", "settings", "wire"))
+# And how memory is shared.
+_WORDS = ("address", "columns", "errors", "protocol", "settings", "wire")
+_MEMORY = ("arena", "peer_memory", "segments", "shared")
+PROTOCOL = tuple(f"penstock.broker.{name}" for name in (*_WORDS, *_MEMORY))
 
 # What every program has: log lines, and words to a service manager.
 PROCESS = ("penstock.broker.logs", "penstock.broker.notify")

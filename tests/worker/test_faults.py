@@ -12,7 +12,7 @@ from fake_broker import assign, tensor_block
 
 from penstock.broker.protocol import Answer, Code, Error, Resident
 from penstock.kernels import InvalidInput, kernel, registry
-from penstock.worker import canary, scan
+from penstock.worker import devices, scan
 from penstock.worker.config import DeviceFault, WorkerConfig, parse_scans
 from penstock.worker.failures import describe
 from penstock.worker.link import Credit
@@ -101,27 +101,6 @@ def test_a_broken_device_is_seen_behind_what_a_kernel_makes_of_it() -> None:
 # --- the canary ----------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_computes_passes() -> None:
-    canary.check(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("name", ["softmax", "arange"])
-def test_a_device_that_computes_wrongly_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(torch, name)
-    monkeypatch.setattr(torch, name, lambda *a, **k: right(*a, **k) * 1.01)
-    with pytest.raises(DeviceFault, match="known-answer test fails on cpu"):
-        canary.check(torch.device("cpu"))
-
-
-def test_a_device_that_fails_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise accelerator("CUDA error: unspecified launch failure", 719)
-
-    monkeypatch.setattr(torch, "softmax", broken)
-    with pytest.raises(DeviceFault, match="unspecified launch failure"):
-        canary.check(torch.device("cpu"))
-
-
 def test_a_refusal_is_believed_only_if_the_device_still_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     @kernel("accused", max_batch_size=8)
     def accused(x: torch.Tensor) -> torch.Tensor:
@@ -132,7 +111,7 @@ def test_a_refusal_is_believed_only_if_the_device_still_computes(monkeypatch: py
     answers, fault = run(make_runner(accused), "accused", [0.0, 1.0])
     assert fault is None
     assert [a.error is None for a in answers] == [True, False]
-    monkeypatch.setattr(canary, "check", lambda device: fail_canary())
+    monkeypatch.setattr(devices, "known_answer", lambda device: fail_canary())
     answers, fault = run(make_runner(accused), "accused", [0.0, 1.0])
     assert answers == []
     assert fault is not None

@@ -14,7 +14,7 @@ import torch
 from fake_broker import FakeBroker, assign, start_command, tensor_block
 
 from penstock.broker import protocol
-from penstock.worker import canary
+from penstock.worker import devices
 from penstock.worker.failures import describe
 
 pytestmark = [
@@ -118,10 +118,10 @@ def test_out_of_memory_is_split_and_told(device: Device) -> None:
 def test_the_canary_and_what_torch_says_of_a_refusal() -> None:
     """In this process, which must stay well: only what leaves the context as it was."""
     cuda = torch.device("cuda:0")
-    canary.check(cuda)
+    devices.known_answer(cuda)
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8, device=cuda)
     failure = describe("k", raised.value)
     assert failure.is_out_of_memory
     assert not failure.is_device_fault
-    canary.check(cuda)
+    devices.known_answer(cuda)
