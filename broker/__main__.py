@@ -2,12 +2,13 @@
 
 import argparse
 import functools
-import logging
 import sys
 from pathlib import Path
 
+from penstock.broker import logs
 from penstock.broker.address import Address, AddressError
 from penstock.broker.configuration import load_settings
+from penstock.broker.selftest import SelfTestFailed
 from penstock.broker.server import AlreadyRunning, Server
 from penstock.broker.settings import SettingsError
 from penstock.broker.storage.records import StorageError
@@ -18,7 +19,8 @@ def parser() -> argparse.ArgumentParser:
         prog="penstock broker",
         description="The queue between clients and GPU workers. Listens on ipc by default; Ctrl-C lets open tasks finish.",
         epilog="Every setting of [broker] in penstock.toml can be given as PENSTOCK_BROKER_<NAME>. SIGHUP reads them again. "
-        "Exit status: 0 stopped, 2 wrong settings, 3 the address is taken, 4 the journal cannot be read or written.",
+        "Exit status: 0 stopped, 1 it does not work here, 2 wrong settings, 3 the address is taken, 4 the journal cannot be "
+        "read or written.",
     )
     p.add_argument("--url", help="ipc:///folder, or tcp://127.0.0.1:port (workers at port + 1)")
     p.add_argument("--config", type=Path, metavar="FILE", help="a penstock.toml (default: ./penstock.toml if it is there)")
@@ -35,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
-    logging.basicConfig(level=args.pop("log_level").upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(args.pop("log_level"), "%(asctime)s %(name)s %(levelname)s %(message)s")
     file = args.pop("config")
     load = functools.partial(load_settings, file, args)
     try:
@@ -53,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return _journal_failed(e)
     try:
         server.run()
+    except SelfTestFailed as e:
+        print(f"penstock broker: {e}", file=sys.stderr)
+        return 1
     except StorageError as e:
         return _journal_failed(e)
     return 0

@@ -9,11 +9,11 @@ from penstock.broker.address import LOOPBACK
 from penstock.broker.wire import MAX_ROWS
 
 NEEDS_RESTART: Final = (
-    "url", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes", "journal",
-    "result_ttl_s", "max_kept_bytes", "min_free_bytes",
+    "url", "group_access", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes",
+    "journal", "result_ttl_s", "max_kept_bytes", "min_free_bytes",
 )  # fmt: skip
 """Settings that sockets, peers and the journal were given once, and cannot be given again."""
-_NO_NUMBERS: Final = ("url", "metrics", "state_dir", "journal", "durable_kernels")
+_NO_NUMBERS: Final = ("url", "group_access", "metrics", "state_dir", "journal", "durable_kernels")
 JOURNALS: Final = ("disk", "memory")
 _MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s", "shared_bytes")
 _HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
@@ -25,6 +25,8 @@ class BrokerConfig:
 
     url: str = ""
     """Address to bind; empty: the default ipc folder."""
+    group_access: bool = False
+    """On ipc: members of the process's group may connect, too, not its user alone."""
     metrics: str = ""
     """host:port of the pages /metrics, /healthz and /status, on this machine only; empty: none."""
     state_dir: Path | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import zmq
 
+from penstock.broker import selftest
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
@@ -22,6 +23,7 @@ from penstock.broker.durable import DurableJournal
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
 from penstock.broker.journal import Journal
 from penstock.broker.metrics import Metrics, NoMetrics
+from penstock.broker.notify import Notifier
 from penstock.broker.pages import pages_of
 from penstock.broker.processes import Processes
 from penstock.broker.promises import Promises
@@ -43,6 +45,9 @@ MAX_MESSAGES_PER_TURN = 128
 MAX_INTAKE_S = 0.005
 MAX_SEND_BACKLOG = 20_000
 FAREWELL_S = 0.2
+SELF_TEST_S = 10.0
+CLOSE_S = 30.0
+"""What is left to do when no task is open any more, mostly to write files, may take so long."""
 ROOM_S = 2.0
 """How often the space on the journal's disk is looked at."""
 COPIED_BYTES = 2048
@@ -85,6 +90,7 @@ class Server:
         self._store: Store | None = None
         self._promises = Promises(None, self._send)
         self._signals = Signals()
+        self._notifier = Notifier()
         self._stop_at: float | None = None
         self._looked_at = now
 
@@ -152,6 +158,8 @@ class Server:
         old_umask = os.umask(0o077)
         try:
             s.bind(endpoint)
+            if self.address.is_ipc and self.config.group_access:
+                os.chmod(endpoint.removeprefix("ipc://"), 0o660)
         except zmq.ZMQError as e:
             if e.errno == zmq.EADDRINUSE:
                 raise AlreadyRunning(f"{endpoint} is in use: a broker is running there") from e
@@ -194,9 +202,12 @@ class Server:
         for source in (*self._sockets.values(), self._signals.fd):
             self._poller.register(source, zmq.POLLIN)
         self._responder.attach(self._poller)
+        self._test_itself()
+        self._notifier.ready(self._status())
         while not self._signals.num_stops:
             self._turn(self._wait_ms())
         self._stop_at = time.monotonic() + self.config.drain_s
+        self._notifier.stopping(f"stopping: {self._status()}", self.config.drain_s + CLOSE_S)
         log.info("stopping: %d open tasks may finish within %.0f s", self.core.state.ledger.num_open, self.config.drain_s)
         self._handle(Stop())
         while not self.core.is_idle and self._signals.num_stops == 1 and time.monotonic() < self._stop_at:
@@ -207,9 +218,26 @@ class Server:
         while (left := end - time.monotonic()) > 0:
             self._turn(int(1000.0 * left) + 1)
 
+    def _test_itself(self) -> None:
+        """Take part as a stranger would, before anybody is told that this broker is ready. Raises SelfTestFailed."""
+        end = time.monotonic() + SELF_TEST_S
+
+        def turn() -> bool:
+            self._turn(10)
+            return time.monotonic() < end
+
+        selftest.check(self._context, self.address.front, self.address.back, turn)
+        self.core.state.counters["unattached"] -= 1  # that was us
+
+    def _status(self) -> str:
+        state = self.core.state
+        return f"{state.ledger.num_open} open tasks, {len(state.workers)} workers, at {self.address.url}"
+
     def _wait_ms(self) -> int | None:
         now = time.monotonic()
-        dues = (self.core.next_deadline(now), self._responder.next_deadline(), self._stop_at)
+        dues = (
+            self.core.next_deadline(now), self._responder.next_deadline(), self._notifier.next_deadline(), self._stop_at,
+        )  # fmt: skip
         due = min((at for at in dues if at is not None), default=None)
         return None if due is None else max(0, int((due - now) * 1000.0) + (due > now))
 
@@ -230,7 +258,9 @@ class Server:
             for pid in self._processes.ended():  # what a process sent before its end has come first
                 self._handle(ProcessEnded(pid))
         if self._signals.take_reload():
+            self._notifier.reloading()
             self.core.reload(time.monotonic())
+            self._notifier.ready(self._status())
         self._handle(Turn())
         self._responder.sweep(started)
         for keeper in self._keepers:
@@ -241,6 +271,8 @@ class Server:
         if took > self.longest_turn_s:
             self.longest_turn_s = took
             self.core.state.counters["longest_turn_us"] = int(took * 1e6)
+        if self._notifier.is_due(started):  # here and nowhere else: this turn is done
+            self._notifier.alive(started, self._status())
 
     def _take_other(self, fd: int) -> None:
         """Something other than a message: a signal of ours, the end of a peer's process, or somebody with HTTP."""

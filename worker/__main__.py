@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from penstock.broker import logs
 from penstock.broker.address import Address, AddressError
 from penstock.broker.settings import SettingsError, load
 from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, StartError, WorkerConfig
@@ -101,9 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsError, AddressError) as e:
         print(f"penstock worker: {e}", file=sys.stderr)
         return USAGE_STATUS
-    logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
-    )
+    logs.configure(config.log_level, "%(asctime)s %(levelname).1s %(message)s")
     if is_unsupervised:
         return serve(config, address, page, fault)
     from penstock.worker.supervisor import Supervisor

@@ -274,7 +274,7 @@ class Worker:
 
     def _next_deadline(self) -> float:
         """Seconds until something is due without any message."""
-        dues = [self._canary_at]
+        dues = [self._canary_at, time.monotonic() + self._watch.rest_s]
         if self._link.state == GREETED:
             dues.append(self._greeted_at + HELLO_AGAIN_S)
         if self._drain_asked_at is not None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from penstock.broker.notify import Notifier
 from penstock.worker.backoff import Backoff
 from penstock.worker.config import DEVICE_FAULT_STATUS, GAVE_UP_STATUS, WorkerConfig
 from penstock.worker.watch import ENDING, IN_KERNEL, Activity, Page
@@ -41,12 +42,14 @@ class Supervisor:
         own = ["--unsupervised", "--name", self._name, "--parent", str(os.getpid()), "--page", str(self._page.fd)]
         self._command = [sys.executable, "-P", "-m", "penstock.worker", *arguments, *own]
         self._backoff = Backoff(config.max_failures)
+        self._notifier = Notifier()
         self._look_s = min(LOOK_S, config.hang_limit_s / 4)
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog = Watchdog(self._is_stopped)
         self._started_at = 0.0
         self._restart_at = 0.0
         self._was_ready = False
+        self._is_announced = False
         self._hang: str | None = None
         self._fault = ""
         self._signals: list[int] = []
@@ -60,6 +63,7 @@ class Supervisor:
             try:
                 self._start()
                 while (status := self._turn()) is None:
+                    self._notify()
                     self._wait()
                 return status
             finally:
@@ -112,6 +116,20 @@ class Supervisor:
             self._kill(hang)
         return None
 
+    def _notify(self) -> None:
+        """Tell the service manager that the worker is ready, and that it goes on: a hung one's supervisor says nothing."""
+        activity, now = self._page.read(), time.monotonic()
+        if activity.is_ready and not self._is_announced and not self._is_stopping:
+            self._is_announced = True
+            self._notifier.ready(self._status(activity, now))
+        elif self._notifier.is_due(now) and (self._process is None or self._watchdog.is_going_on(activity)):
+            self._notifier.alive(now, self._status(activity, now))
+
+    def _status(self, activity: Activity, now: float) -> str:
+        if self._process is None:
+            return f"starts again in {max(self._restart_at - now, 0.0):.0f} s: {self._fault}"
+        return f"{what(activity)}, {activity.num_done} runs done"
+
     @property
     def _is_stopping(self) -> bool:
         return self._num_passed_on > 0
@@ -128,6 +146,7 @@ class Supervisor:
             self._num_passed_on += 1
             limit_s = self._config.drain_limit_s if self._num_passed_on == 1 else END_S
             self._kill_at = min(self._kill_at or now + limit_s, now + limit_s)
+            self._notifier.stopping("finishes what is held", limit_s + END_S)
             if self._process is not None:
                 self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 

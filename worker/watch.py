@@ -30,6 +30,8 @@ TURN_FACTOR: Final = 6.0
 """A turn of the loop outside a kernel copies and sends: it may take so many times `hang_limit_s`."""
 ENDING_S: Final = 30.0
 MAX_LIMIT_S: Final = 7 * 86400.0
+REST_S: Final = 2.0
+"""A loop without work goes round so often, to show that it could: five times within the limit."""
 REFRESH: Final = 100
 """Runs after which a limit that sinks is worked out again."""
 _QUANTILE: Final = 0.99
@@ -38,7 +40,10 @@ _STEP: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What a worker does since `began_ns` (CLOCK_MONOTONIC), for at most `limit_ns`; `num_done`: runs that ended well."""
+    """What a worker does since `began_ns` (CLOCK_MONOTONIC), for at most `limit_ns`; `num_done`: runs that ended well.
+
+    The limit of waiting for work is when the loop goes round once more, at the latest.
+    """
 
     state: int
     began_ns: int
@@ -128,6 +133,8 @@ class Watch:
         self._memory: mmap.mmap | bytearray = bytearray(SIZE) if memory is None else memory
         self._floor_s = floor_s
         self._first_s = first_s
+        self.rest_s = min(REST_S, floor_s / 5)
+        self._rest_ns = round(5e9 * self.rest_s)
         self._turn_ns = round(TURN_FACTOR * floor_s * 1e9)
         self._paces: dict[str, Pace] = {}
         self._known = dict(self._read_times())
@@ -175,8 +182,8 @@ class Watch:
         self._enter(TURNING, self._turn_ns)
 
     def rest(self) -> None:
-        """The loop waits, for as long as it likes."""
-        self._enter(IDLE, 0)
+        """The loop waits for work, for `rest_s`; as often as it likes."""
+        self._enter(IDLE, self._rest_ns)
 
     def end(self) -> None:
         self._enter(ENDING, round(ENDING_S * 1e9))

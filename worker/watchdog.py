@@ -47,6 +47,12 @@ class Watchdog:
             return None
         return f"{what(activity)} has taken {1e-9 * took_ns:.1f} s, its limit is {1e-9 * activity.limit_ns:.1f} s"
 
+    def is_going_on(self, activity: Activity) -> bool:
+        """Whether the worker, and not only who looks, makes progress: within its limits, also where it waits for work."""
+        if self._is_stopped():
+            return False
+        return self._clock_ns() - max(activity.began_ns, self._resumed_at) <= activity.limit_ns
+
 
 def what(activity: Activity) -> str:
     """An activity in words."""

@@ -16,11 +16,14 @@ _WORDS = ("address", "columns", "errors", "protocol", "settings", "wire")
 _MEMORY = ("arena", "peer_memory", "segments", "shared")
 PROTOCOL = tuple(f"penstock.broker.{name}" for name in (*_WORDS, *_MEMORY))
 
+# What every program has: log lines, and words to a service manager.
+PROCESS = ("penstock.broker.logs", "penstock.broker.notify")
+
 ALLOWED = {
     "broker": ("penstock.broker",),
     "client": ("penstock.client", *PROTOCOL),
     "kernels": ("penstock.kernels",),
-    "worker": ("penstock.worker", "penstock.kernels", *PROTOCOL),
+    "worker": ("penstock.worker", "penstock.kernels", *PROCESS, *PROTOCOL),
 }
 
 # Import names of the base install's distributions that differ from the distributions' own.

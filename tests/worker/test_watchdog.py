@@ -59,6 +59,24 @@ def test_the_percentile_follows_a_change() -> None:
     assert pace.p99_s > 4.0
 
 
+@pytest.mark.parametrize("state", [STARTING, IDLE, TURNING, LOADING, RUNNING, ENDING])
+def test_a_worker_within_its_limits_goes_on(state: int) -> None:
+    now, is_stopped = [1000 * S], [False]
+    watchdog = Watchdog(lambda: is_stopped[0], lambda: now[0])
+    now[0] += 10 * S
+    assert watchdog.is_going_on(running(state=state))
+    is_stopped[0] = True
+    assert not watchdog.is_going_on(running(state=state))
+    is_stopped[0] = False
+    now[0] += 1
+    assert not watchdog.is_going_on(running(state=state)), "who waits for work must go round in time, too"
+    assert watchdog.is_going_on(running(began_s=1001.0, state=state))
+
+
+def test_a_loop_rests_shortly_however_patient_its_limits_are() -> None:
+    assert Watch(floor_s=3600.0).rest_s == 2.0
+
+
 def test_the_page_says_what_happens() -> None:
     page = Page()
     page.begin(30.0)
@@ -69,7 +87,8 @@ def test_the_page_says_what_happens() -> None:
     watch.keep()
     watch.is_ready = True
     watch.rest()
-    assert page.read().state == IDLE
+    assert (page.read().state, page.read().limit_ns) == (IDLE, 2 * S)
+    assert watch.rest_s == pytest.approx(0.4), "a loop without work goes round five times within that"
     for is_done in (True, False):
         before = time.monotonic_ns()
         watch.start("scale")
