@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import Running, running, until
+from running import KERNELS, Running, running, until
 
 from penstock.broker.files import broker_folder
 from penstock.client import ResultGone, Unavailable, UnknownTask
