@@ -8,7 +8,8 @@ from pathlib import Path
 
 from penstock.broker.address import Address, AddressError
 from penstock.broker.configuration import load_settings
-from penstock.broker.server import AlreadyRunning, Server
+from penstock.broker.door import AlreadyRunning
+from penstock.broker.server import Server
 from penstock.broker.settings import SettingsError
 
 
@@ -19,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="Every setting of [broker] in penstock.toml can be given as PENSTOCK_BROKER_<NAME>. SIGHUP reads them again. "
         "Exit status: 0 stopped, 2 wrong settings, 3 the address is taken.",
     )
-    p.add_argument("--url", help="ipc:///folder, or tcp://127.0.0.1:port (workers at port + 1)")
+    p.add_argument("--url", help="ipc:///folder, or tcp://host:port (workers at port + 1)")
+    p.add_argument("--listen", metavar="URL", help="a tcp address beside it, tcp://0.0.0.0:7777 say; needs keys (docs/keys.md)")
     p.add_argument("--config", type=Path, metavar="FILE", help="a penstock.toml (default: ./penstock.toml if it is there)")
     p.add_argument("--metrics", metavar="HOST:PORT", help="pages for Prometheus and health checks, such as 127.0.0.1:9464")
     p.add_argument("--state-dir", type=Path, metavar="DIR", help="what was learned (default: $XDG_STATE_HOME/penstock)")

@@ -4,7 +4,7 @@ Knows what a client may do and what it is told. Does not know how batches are ma
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class Clients:
     Args:
         on_unwanted: called with a lease when nobody waits for any of its rows any more.
         is_settled: whether no kernel is still to be expected; then an unknown one is refused.
-        report: the body of a `status` reply; control: performs an operator's wish.
+        report: the body of a `status` reply; control: performs an operator's wish, given who asks.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Clients:
         on_unwanted: Callable[[Lease], None],
         is_settled: Callable[[float], bool],
         report: Callable[[float], dict[str, Any]],
-        control: Callable[[str, str, float], Error | None],
+        control: Callable[[str, str, str, float], Error | None],
     ) -> None:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
@@ -79,7 +79,7 @@ class Clients:
             self._enter(route, principal, m, now)
             return
         session = self.by_route.get(route)
-        if session is None:
+        if session is None or (principal and principal != session.principal):
             self.state.counters["unattached"] += 1
             self._send_fault(route, Code.UNATTACHED, "this address has no session: say hello, or attach")
             return
@@ -97,7 +97,7 @@ class Clients:
             case Status():
                 self._answer_status(session, m, now)
             case Control():
-                error = self._control(m.op, m.target, now)
+                error = self._control(session.principal, m.op, m.target, now)
                 self.state.send(FRONT, route, Reply(request=m.request, error=error))
             case Goodbye():
                 self._leave(session)
@@ -116,7 +116,8 @@ class Clients:
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
-            account = self.state.policy.accounts.get(principal, m.name, self.state.quotas.rules(m.name).weight)
+            name = self.state.quotas.account_name(principal, m.name)
+            account = self.state.policy.accounts.get(principal, name, self.state.quotas.rules(name).weight)
             account.num_sessions += 1
             session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
         self.lose_route(route)  # whoever was at this address is not there any more
@@ -165,6 +166,14 @@ class Clients:
         session.account.num_sessions -= 1
         session.outbox.clear()
         self._closing.append(session)
+
+    def expel(self, principals: Collection[str]) -> None:
+        """Their keys are allowed no more: their sessions and what is open in them end."""
+        for session in [s for s in self._by_secret.values() if s.principal in principals]:
+            self.state.counters["expelled"] += 1
+            if session.route is not None:
+                self._send_fault(session.route, Code.NOT_AUTHORISED, "this key is not allowed any more")
+            self._leave(session)
 
     def forgive(self, pause_s: float, now: float) -> None:
         """The broker itself stood still: nobody else is to blame for it."""

@@ -5,12 +5,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from penstock.broker.address import LOOPBACK
+from penstock.broker.address import LOOPBACK, Address
 from penstock.broker.wire import MAX_ROWS
 
-NEEDS_RESTART: Final = ("url", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes")
+NEEDS_RESTART: Final = (
+    "url", "listen", "curve", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes",
+)  # fmt: skip
 """Settings that sockets, peers and the journal were given once, and cannot be given again."""
-_NO_NUMBERS: Final = ("url", "metrics", "state_dir")
+_NO_NUMBERS: Final = ("url", "listen", "curve", "metrics", "state_dir")
+_CURVE: Final = ("auto", "on", "off")
 _MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s")
 _HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
 
@@ -21,6 +24,11 @@ class BrokerConfig:
 
     url: str = ""
     """Address to bind; empty: the default ipc folder."""
+    listen: str = ""
+    """A tcp address beside `url`, tcp://0.0.0.0:7777 say, for peers on other machines; their keys: docs/keys.md."""
+    curve: str = "auto"
+    """Whether tcp is encrypted and asks for keys. auto: if there are keys, and always beyond this machine; on: never without;
+    off: never, which is for loopback only: every account of the machine may then come in."""
     metrics: str = ""
     """host:port of the pages /metrics, /healthz and /status, on this machine only; empty: none."""
     state_dir: Path | None = None
@@ -69,6 +77,10 @@ class BrokerConfig:
             raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")
         if self.liveness_s * 1000 < 2 * self.heartbeat_ms:
             raise ValueError("liveness_s must be at least two heartbeats")
+        if self.curve not in _CURVE:
+            raise ValueError(f"curve must be {', '.join(_CURVE)}, not {self.curve!r}")
+        if self.listen and Address(self.listen).is_ipc:
+            raise ValueError(f"listen is tcp://host:port, not {self.listen!r}")
         if self.metrics:
             self.metrics_endpoint()
 

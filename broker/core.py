@@ -4,7 +4,8 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, Protocol
 
 from penstock.broker import reports
 from penstock.broker.clients import Clients
@@ -75,10 +76,23 @@ class Stop:
 Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop
 
 
+class KeyList(Protocol):
+    """Who may connect with a key, kept by the shell."""
+
+    def reload(self) -> frozenset[str]:
+        """Read it again: the principals whose keys are allowed no more. Raises ValueError: it cannot be used."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """For status."""
+        ...
+
+
 class Core:
     """See the module. `epoch` is drawn by the shell: below 2**31, different at every start.
 
-    `configuration` reads the settings again when asked to; without one there is nothing to reload.
+    `configuration` reads the settings again when asked to; without one there is nothing to reload. `operators`
+    are the principals that may control the broker, beside those whose key has the role of an admin.
     """
 
     def __init__(
@@ -91,8 +105,11 @@ class Core:
         pid: int = 0,
         configuration: Configuration | None = None,
         metrics: Metrics | None = None,
+        operators: Collection[str] = (),
     ) -> None:
         self.pid = pid
+        self.gate: KeyList | None = None
+        self._operators = operators
         self._configuration = configuration
         if policy is None:
             policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
@@ -220,7 +237,11 @@ class Core:
             Send(BACK, r, goodbye) for r in self.workers.by_route
         ]
 
-    def _control(self, op: str, target: str, now: float) -> Error | None:
+    def _control(self, principal: str, op: str, target: str, now: float) -> Error | None:
+        if principal not in self._operators and not principal.startswith("admin:"):
+            self.state.counters["refused_not_authorised"] += 1
+            text = f"{principal} may not control this broker: that is for its own user, and for keys of the role admin"
+            return Error(Code.NOT_AUTHORISED, text)
         if op == "reload":
             return self.reload(now)
         if op != "drain":
@@ -235,7 +256,25 @@ class Core:
     # --- configuration ---------------------------------------------------------------------------------------------
 
     def reload(self, now: float) -> Error | None:
-        """Read the settings again and go by them; the last good ones stay if they cannot be used."""
+        """Read keys and settings again and go by them; the last good ones of each stay if they cannot be used."""
+        keys_error = self._reload_keys(now)
+        settings_error = self._reload_settings(now)
+        return keys_error or settings_error
+
+    def _reload_keys(self, now: float) -> Error | None:
+        """A revoked key is out at once, whatever the settings are like and whether they are rolled back."""
+        if self.gate is None:
+            return None
+        try:
+            gone = self.gate.reload()
+        except ValueError as e:
+            self.state.events.add(SchedulingEvent(now, "reload_refused", "keys", str(e)))
+            return Error(Code.INVALID, f"the keys stay as they are: {e}")
+        self.clients.expel(gone)
+        self.workers.expel(gone, now)
+        return None
+
+    def _reload_settings(self, now: float) -> Error | None:
         if self._configuration is None:
             return Error(Code.INVALID, "this broker was started without a configuration to read again")
         try:
@@ -289,6 +328,7 @@ class Core:
             "workers": self.workers.report(),
             "kernels": {name: dict(spec.wire) for name, spec in state.kernels.known.items()},
             "counters": dict(state.counters),
+            **({} if self.gate is None else {"security": self.gate.report()}),
             **({} if self._configuration is None else {"config": self._configuration.report(now)}),
         }  # fmt: skip
 

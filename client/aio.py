@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from typing import Any, Literal
 
 from penstock.broker.address import Address
+from penstock.broker.keys import find_key
 from penstock.client.aio_line import AsyncLine
 from penstock.client.aio_task import AsyncStream, AsyncTask
 from penstock.client.asking import AsyncAsking
@@ -190,7 +191,8 @@ class AsyncClient(AsyncVerbs):
         config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout)
         found = Address.find(address)
         session = Session(config, config.shown_name, os.urandom)
-        line = AsyncLine(session, found.front, found.url, config.connect_timeout, config.linger_s)
+        key = find_key(config.key, found)
+        line = AsyncLine(session, found.front, found.url, config.connect_timeout, config.linger_s, key)
         super().__init__(line, Catalog(), config, Options(timeout=config.timeout))
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from penstock.broker.address import Address
+from penstock.broker.keys import find_key
 from penstock.client import completed
 from penstock.client.asking import Asking
 from penstock.client.bundler import Window
@@ -235,7 +236,8 @@ class Client(Verbs):
         config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout)
         found = Address.find(address)
         session = Session(config, config.shown_name, os.urandom)
-        line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s)
+        key = find_key(config.key, found)
+        line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s, key)
         super().__init__(line, Catalog(), config, Options(timeout=config.timeout))
 
     def close(self) -> None:

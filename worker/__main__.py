@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.broker.address import Address, AddressError
+from penstock.broker.keys import KeyProblem, OwnKey, find_key
 from penstock.broker.settings import SettingsError, load
 from penstock.worker.config import LOG_LEVELS, StartError, WorkerConfig
 from penstock.worker.loop import Worker
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--broker", metavar="URL", help="ipc:///folder or tcp://host:port (default: PENSTOCK_URL, or the local broker)")
+    add("--key", type=Path, metavar="FILE", help="of `penstock keys new`, for a broker on tcp (default: PENSTOCK_KEY)")
     add("--device", help="auto, cpu, mps, cuda or cuda:INDEX (default: auto, the first of cuda:0, mps, cpu)")
     add("--name", help="the name in status and logs (default: made from device and process id)")
     add("--kernels", action="append", metavar="MODULE", help="a module, or a .py file, with kernels; repeatable")
@@ -68,18 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(WorkerConfig, "worker", file=file, overrides=given)
         address = Address.find(config.broker)
-    except (SettingsError, AddressError) as e:
+        key = find_key(config.key, address)
+    except (SettingsError, AddressError, KeyProblem) as e:
         print(f"penstock worker: {e}", file=sys.stderr)
         return USAGE_STATUS
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
     )
-    return serve(config, address)
+    return serve(config, address, key)
 
 
-def serve(config: WorkerConfig, address: Address) -> int:
+def serve(config: WorkerConfig, address: Address, key: OwnKey | None = None) -> int:
     """Run a worker in this process until it ends; errors of the start are one line."""
-    worker = Worker(config, address)
+    worker = Worker(config, address, key)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, worker.on_signal)
     try:

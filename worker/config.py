@@ -52,6 +52,7 @@ class WorkerConfig:
     kernels: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     state_dir: Path | None = None
+    key: Path | None = None
     threads: int | None = None
     max_bytes: int = 256 * 1024 * 1024
     parent: int | None = None

@@ -17,6 +17,7 @@ import zmq
 
 from penstock.broker import protocol
 from penstock.broker.address import Address
+from penstock.broker.keys import OwnKey
 from penstock.broker.protocol import Assign, CancelLease, Code, Error, Fault, Welcome
 from penstock.broker.wire import Message, ProtocolError, decode, encode
 from penstock.worker.config import StartError, WorkerConfig
@@ -58,20 +59,21 @@ class Worker:
     """One worker process, from the first hello to goodbye.
 
     Args:
-        config: the settings; address: where the broker is.
+        config: the settings; address: where the broker is; key: what to show there, if it wants one.
     """
 
-    def __init__(self, config: WorkerConfig, address: Address) -> None:
+    def __init__(self, config: WorkerConfig, address: Address, key: OwnKey | None = None) -> None:
         self._config = config
         self._address = address
         self._link = Link(config.session_name, config.device, config.max_bytes)
         self._context: zmq.Context[Socket] = zmq.Context()
-        self._socket = dealer(self._context, address.back)
-        self._monitor = Monitor(self._socket)
+        self._socket = dealer(self._context, address.back, key)
+        self._monitor = Monitor(self._socket, key)
         self._wake = Wake()
         self._heart = Heart(
-            self._context, address.back, self._link.secret, self._wake, self._facts, config.parent, self._on_orphaned
-        )
+            self._context, address.back, self._link.secret, self._wake, self._facts, config.parent, self._on_orphaned,
+            key,
+        )  # fmt: skip
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._poller = select.poll()
         for fd in (self._fd, self._wake.fd, self._monitor.fd):
@@ -243,7 +245,9 @@ class Worker:
         """Has the connection broken? A new one may stand already, to a broker that does not know its address."""
         self._looked_at = time.monotonic()
         if self._monitor.has_disconnected():
-            self._lose("the connection is closed")
+            self._lose(self._monitor.problem or "the connection is closed")
+        if self._monitor.refusal:
+            raise Refused(f"{self._address.url}: {self._monitor.refusal}")
 
     def _receive(self) -> None:
         """Take what has come."""

@@ -60,11 +60,11 @@ def find_address(explicit: str | None, file: Path | None, env: Mapping[str, str]
     Raises:
         AddressError, SettingsError: what was found cannot be used.
     """
-    url = explicit or env.get("PENSTOCK_URL") or _setting("broker", "url", file, env)
+    url = explicit or env.get("PENSTOCK_URL") or setting("broker", "url", file, env)
     return Address(url) if url else Address.default(env)
 
 
-def _setting(section: str, name: str, file: Path | None, env: Mapping[str, str]) -> str | None:
+def setting(section: str, name: str, file: Path | None, env: Mapping[str, str] = os.environ) -> str | None:
     """One setting of another program, from the environment or the file."""
     given = env.get(f"PENSTOCK_{section}_{name}".upper())
     path = file or Path("penstock.toml")
@@ -276,7 +276,7 @@ class Up:
         self._start(self._broker, now)
         devices: list[str | None] = [*config.devices]
         if not devices:
-            own = _setting("worker", "device", config.file, os.environ)
+            own = setting("worker", "device", config.file, os.environ)
             devices = [None]
             if own in (None, "auto") and has_several_devices():
                 command = [sys.executable, "-P", "-m", "penstock.worker", "--list-devices"]

@@ -94,7 +94,8 @@ class World:
 
     def __init__(self, scheduling: SchedulingConfig = WHOLE_BATCHES, predictor: Predictor | None = None, **config: Any) -> None:
         self.now = START
-        self.core = Core(BrokerConfig(**config), epoch=7, now=self.now, policy=PullPolicy(scheduling, predictor))
+        self.core = Core(BrokerConfig(**config), epoch=7, now=self.now, policy=PullPolicy(scheduling, predictor),
+                         operators=("uid:1",))  # fmt: skip
         self.peers: dict[tuple[str, bytes], Peer] = {}
         self.numbers = itertools.count(1)
 

@@ -138,7 +138,8 @@ def test_back_and_forth(world: World) -> None:
 @pytest.mark.parametrize("name", NEEDS_RESTART)
 def test_what_needs_a_restart_is_refused_by_name(world: World, name: str) -> None:
     other = {
-        "url": "ipc:///else", "metrics": "127.0.0.1:0", "state_dir": Path("/else"), "max_message_bytes": 5, "heartbeat_ms": 1.0,
+        "url": "ipc:///else", "listen": "tcp://127.0.0.1:7777", "curve": "off", "metrics": "127.0.0.1:0",
+        "state_dir": Path("/else"), "max_message_bytes": 5, "heartbeat_ms": 1.0,
         "dedup_window_s": 1.0, "dedup_bytes": 1,
     }  # fmt: skip
     current = world.configuration.current
