@@ -22,6 +22,8 @@ log = logging.getLogger("penstock.broker")
 
 LOOK_EVERY_S: Final = 0.5
 MAX_LOOKED_AT: Final = 512
+MAX_FIRST_BYTES: Final = 4 << 20
+"""Up to its first whole message: who has no key yet may send large frames, too, and a greeting is small."""
 MAX_EVENTS_PER_TURN: Final = 256
 _ACCEPTED, _DISCONNECTED = int(zmq.EVENT_ACCEPTED), int(zmq.EVENT_DISCONNECTED)
 _TCP_INFO_BYTES: Final = 136
@@ -32,13 +34,13 @@ _RECEIVED_AT: Final = 128
 class _Connection:
     """`inode` tells it from a later one under the same descriptor; `base`: received with its last whole message."""
 
-    __slots__ = ("base", "fd", "inode", "must_go", "was_heard")
+    __slots__ = ("base", "fd", "has_spoken", "inode", "must_go", "was_heard")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.inode = os.fstat(fd).st_ino
         self.base = 0
-        self.was_heard = self.must_go = False
+        self.was_heard = self.has_spoken = self.must_go = False
 
 
 class Connections:
@@ -87,7 +89,7 @@ class Connections:
         """A whole message came over it. `must_go`: cut it at the next look, when an answer has had time to leave."""
         connection = self._open.get(fd)
         if connection is not None:
-            connection.was_heard = True
+            connection.was_heard = connection.has_spoken = True
             connection.must_go |= must_go
 
     def next_deadline(self) -> float | None:
@@ -118,7 +120,8 @@ class Connections:
             received = _bytes_received(s)
             if connection.was_heard:
                 connection.base, connection.was_heard = received, False
-            is_endless = received - connection.base > self._max_partial_bytes
+            limit = self._max_partial_bytes if connection.has_spoken else MAX_FIRST_BYTES
+            is_endless = received - connection.base > limit
             if connection.must_go or is_endless:
                 self._counters["connections_cut"] += 1
                 log.warning("a connection is cut: %s", "its message does not end" if is_endless else "its key is revoked")

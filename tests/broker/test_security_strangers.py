@@ -367,6 +367,25 @@ def test_a_message_without_end_is_cut_off(tmp_ipc: Path) -> None:
         assert honest.result() == [(run, 0, b"cba")]
 
 
+def test_a_handshake_without_end_is_cut_off(tmp_ipc: Path) -> None:
+    """Before anybody has shown a key ZeroMQ takes frames as large as any message."""
+    with guarded(tmp_ipc) as b:
+        before, sent = b.memory().rss, 0
+        with raw_zmtp.connect(b.process.endpoint("front")) as s:
+            s.sendall(raw_zmtp.greeting(b"CURVE") + b"\x06" + (200 * MB).to_bytes(8, "big") + b"\x05HELLO")
+            try:
+                while sent < 200 * MB:
+                    s.sendall(bytes(65536))
+                    sent += 65536
+                    time.sleep(0.003)
+            except OSError:
+                pass
+        assert sent < 40 * MB
+        assert b.memory().rss - before < 60 * MB
+        assert b.count("connections_cut") + b.count("handshakes_failed") >= 1
+        b.check_serves()
+
+
 def test_slow_large_messages_of_an_honest_peer_are_not_cut(tmp_ipc: Path) -> None:
     (tmp_ipc / "penstock.toml").write_text("[broker]\nmax_message_bytes = 1048576\nwindow_bytes = 1048576\n")
     with unguarded(tmp_ipc) as b, raw_zmtp.join(b.endpoint("front")) as s:
