@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import resource
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from penstock.broker.configuration import load_settings
 from penstock.broker.door import AlreadyRunning
 from penstock.broker.server import Server
 from penstock.broker.settings import SettingsError
+
+MAX_DESCRIPTORS = 65_536
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,8 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     except AlreadyRunning as e:
         print(f"penstock broker: {e}", file=sys.stderr)
         return 3
+    _allow_many_connections()
     server.run()
     return 0
+
+
+def _allow_many_connections() -> None:
+    """As many as the system lets us: each of them is a descriptor, of strangers, too, until their handshake has failed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

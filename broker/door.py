@@ -77,7 +77,9 @@ class Door:
         if self.is_ipc:
             _, uid, _, pid = str(frame.get("Peer-Address")).split(":")
             return f"uid:{uid}", int(pid)
-        return (LOOPBACK_PRINCIPAL if self.gate is None else self.gate.principal(str(frame.get("User-Id")))), 0
+        if self.gate is None:
+            return LOOPBACK_PRINCIPAL, 0
+        return self.gate.principal(str(frame.get("User-Id")), self.side), 0
 
     def close(self) -> None:
         if self.connections is not None:

@@ -68,10 +68,10 @@ class Gate:
         s.set(zmq.ZAP_DOMAIN, f"penstock.{side}".encode())
         s.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
-    def principal(self, public: str) -> str:
-        """`role:name` of a key that may still be here, else nothing."""
+    def principal(self, public: str, side: str) -> str:
+        """`role:name` of a key that may still be on this side, else nothing."""
         key = self._allowed.get(public)
-        return key.principal if key is not None else ""
+        return key.principal if key is not None and key.role in ROLES_OF[side] else ""
 
     def reload(self) -> frozenset[str]:
         """Read the list again; the principals that were let in under keys which are allowed no more.

@@ -8,9 +8,9 @@ import typer
 
 from penstock.broker.keys import ROLES, KeyFolder
 from penstock.client import Client
-from penstock.client.cli.arguments import QUICK_CONNECT_S, AsJson, Url
+from penstock.client.cli.arguments import QUICK_CONNECT_S, AsJson, CommandFailed, Url
 from penstock.client.cli.up import setting
-from penstock.client.errors import PenstockError
+from penstock.client.errors import PenstockError, Unavailable
 
 EPILOG: Final = """\b
 a worker on another machine:
@@ -71,11 +71,17 @@ def revoke(name: Name, state_dir: StateDir = None, config: Config = None, url: U
 
 
 def _tell(url: str | None) -> str:
-    """Have the running broker read its keys again; what came of it."""
+    """Have the running broker read its keys again; what came of it.
+
+    Raises:
+        CommandFailed: there is one, and it goes on with the keys that it had.
+    """
     try:
         with Client(url, name="penstock keys", connect_timeout=QUICK_CONNECT_S) as client:
             client.reload()
             has_keys = "security" in client.status()
+    except Unavailable:
+        return "no broker runs here that would have to know"
     except (PenstockError, TimeoutError) as e:
-        return f"no running broker was told: {e}"
+        raise CommandFailed(f"that is done, but the running broker does not go by it yet: {e}") from e
     return "the running broker knows" if has_keys else "the running broker asks for no keys: start it again, with a tcp address"

@@ -205,19 +205,19 @@ def test_refusals_are_counted_by_address_up_to_a_bound(gate: Gate) -> None:
 
 def test_a_reload_tells_who_is_gone_and_a_broken_one_changes_nothing(gate: Gate, keys: KeyFolder, tmp_path: Path) -> None:
     public = read_key(tmp_path / "client.key").public
-    assert gate.principal(public) == "client:my-client"
+    assert gate.principal(public, FRONT) == "client:my-client"
     (keys.path / "allowed" / "new.toml").write_text("role = 5")
     keys.revoke("my-client")
     with pytest.raises(KeyProblem):
         gate.reload()
-    assert gate.principal(public) == "client:my-client"
+    assert gate.principal(public, FRONT) == "client:my-client"
     (keys.path / "allowed" / "new.toml").unlink()
     assert gate.reload() == {"client:my-client"}
-    assert gate.principal(public) == ""
+    assert gate.principal(public, FRONT) == ""
     assert ask(gate, public) == b"400"
     keys.new("my-client", "client", tmp_path / "again.key")  # the same name is another key
     assert gate.reload() == frozenset()
-    assert gate.principal(public) == ""
+    assert gate.principal(public, FRONT) == ""
 
 
 @pytest.fixture
@@ -264,3 +264,12 @@ def test_the_self_test_finds_a_gate_that_refuses_everybody(
     monkeypatch.setattr(Gate, "_find", lambda *_: None)
     with pytest.raises(GateError, match="refuses an allowed key"):
         gate.check(FRONT, bind(router))
+
+
+def test_a_key_of_another_role_since_is_out_of_its_old_side(gate: Gate, keys: KeyFolder, tmp_path: Path) -> None:
+    public = read_key(tmp_path / "client.key").public
+    listed = keys.path / "allowed" / "my-client.toml"
+    listed.write_text(listed.read_text().replace('"client"', '"worker"'))
+    assert gate.reload() == {"client:my-client"}
+    assert gate.principal(public, FRONT) == ""  # its connection to that side may stand still
+    assert gate.principal(public, BACK) == "worker:my-client"
