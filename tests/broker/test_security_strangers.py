@@ -3,6 +3,8 @@
 import os
 import pickle
 import random
+import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -458,6 +460,33 @@ def test_strangers_come_and_go(tmp_ipc: Path) -> None:
         assert more_fds <= 10
         assert b.count("connections_accepted") >= 300
         assert b.count("handshakes_failed") >= 20
+
+
+def test_an_honest_client_is_not_disturbed(tmp_ipc: Path) -> None:
+    """At some 200 strangers a second none of its tasks fails, and half of them are as quick as ever."""
+    with guarded(tmp_ipc) as b:
+        client, worker, ends_at = b.client("alice"), b.worker(), time.monotonic() + 3.0
+        endpoints, draw_, num_attacks = [b.process.endpoint(side) for side in ("front", "back")], random.Random(5), []
+
+        def attack() -> None:
+            while time.monotonic() < ends_at:
+                fuzz(draw_, draw_.choice(endpoints))
+                num_attacks.append(1)
+                time.sleep(0.004)
+
+        attacker = threading.Thread(target=attack)
+        attacker.start()
+        times = []
+        while time.monotonic() < ends_at:
+            began = time.monotonic()
+            run = client.submit([b"abc"])
+            worker.work()
+            assert client.result() == [(run, 0, b"cba")]
+            times.append(time.monotonic() - began)
+        attacker.join()
+        assert len(num_attacks) > 150
+        assert statistics.median(times) < 0.05
+        assert max(times) < 2.0
 
 
 @pytest.mark.slow
