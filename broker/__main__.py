@@ -12,6 +12,7 @@ from penstock.broker.configuration import load_settings
 from penstock.broker.door import AlreadyRunning
 from penstock.broker.server import Server
 from penstock.broker.settings import SettingsError
+from penstock.broker.storage.records import StorageError
 
 MAX_DESCRIPTORS = 65_536
 
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="penstock broker",
         description="The queue between clients and GPU workers. Listens on ipc by default; Ctrl-C lets open tasks finish.",
         epilog="Every setting of [broker] in penstock.toml can be given as PENSTOCK_BROKER_<NAME>. SIGHUP reads them again. "
-        "Exit status: 0 stopped, 2 wrong settings, 3 the address is taken.",
+        "Exit status: 0 stopped, 2 wrong settings, 3 the address is taken, 4 the journal cannot be read or written.",
     )
     p.add_argument("--url", help="ipc:///folder, or tcp://host:port (workers at port + 1)")
     p.add_argument("--listen", metavar="URL", help="a tcp address beside it, tcp://0.0.0.0:7777 say; needs keys (docs/keys.md)")
@@ -53,9 +54,19 @@ def main(argv: list[str] | None = None) -> int:
     except AlreadyRunning as e:
         print(f"penstock broker: {e}", file=sys.stderr)
         return 3
+    except StorageError as e:
+        return _journal_failed(e)
     _allow_many_connections()
-    server.run()
+    try:
+        server.run()
+    except StorageError as e:
+        return _journal_failed(e)
     return 0
+
+
+def _journal_failed(e: StorageError) -> int:
+    print(f"penstock broker: {e}", file=sys.stderr)
+    return 4
 
 
 def _allow_many_connections() -> None:

@@ -6,6 +6,7 @@ Knows the rules at the door. Does not know routes, messages to send, or how task
 from collections.abc import Callable
 
 from penstock.broker.columns import view
+from penstock.broker.durable import Kept
 from penstock.broker.journal import Entry, digest_of
 from penstock.broker.protocol import Code, Error, Submit
 from penstock.broker.scheduling.accounts import Account
@@ -51,8 +52,10 @@ class Admission:
         config, ledger = self._state.config, self._state.ledger
         if self._state.is_draining:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
-        if m.is_durable and not self._state.journal.is_durable:
-            raise Refusal(Code.INVALID, "this broker keeps its tasks in memory: submit with durable=False")
+        if self.is_durable(m) and (why := self._state.journal.refusal()) is not None:
+            if not self._state.journal.is_durable:
+                raise Refusal(Code.INVALID, why)
+            raise self._overloaded(why, num_rows, now, "journal")
         if not 1 <= num_rows <= config.max_rows_per_run:
             raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
         if m.timeout_ms is not None and m.timeout_ms <= 0:
@@ -71,6 +74,14 @@ class Admission:
             raise self._overloaded(f"the queue is full ({config.max_queue_bytes >> 20} MiB)", num_rows, now, "memory")
         if self._state.quotas.has_any:
             self._check_quota(session.account, num_rows, num_bytes, now)
+
+    def is_durable(self, m: Submit) -> bool:
+        """Whether a submission is to survive the broker: by its own wish, or by its kernel's configuration."""
+        return m.is_durable or m.kernel in self._state.config.durable_kernels
+
+    def key_of(self, m: Submit) -> bytes | None:
+        """The idempotency key; a durable submission has one in any case."""
+        return m.id if m.key is None and self.is_durable(m) else m.key
 
     def _check_quota(self, account: Account, num_rows: int, num_bytes: int, now: float) -> None:
         key, drain_s = (account.principal, account.name), account.num_open / max(self._state.finish_rate.at(now), 1e-3)
@@ -124,15 +135,16 @@ class Admission:
 
     def remembered(self, session: ClientSession, m: Submit, now: float) -> Entry | None:
         """What the journal has under the idempotency key."""
-        if m.key is None:
-            return None
-        entry = self._state.journal.find(session.principal, m.key, now)
+        key = self.key_of(m)
+        entry = None if key is None else self._state.journal.find(session.principal, key, now)
         if entry is None:
             return None
         if entry.digest != digest_of(m):
             raise Refusal(Code.CONFLICT, "this idempotency key was used with other content")
         if entry.is_gone:
             raise Refusal(Code.RESULT_GONE, "this submission was done; its result is no longer kept")
+        if entry.run is not None and not entry.number and self.is_durable(m):
+            raise Refusal(Code.CONFLICT, "this idempotency key belongs to an open task that is not durable")
         return entry
 
     def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float, is_shared: bool = False) -> Run:
@@ -143,8 +155,7 @@ class Admission:
             raise Refusal(Code.UNKNOWN_KERNEL, f"no worker offers {m.kernel!r}; known kernels: {known}")
         self._next_seq += 1
         run = Run(session, m.id, m.kernel, m.block.num_rows, self._next_seq, now)
-        run.priority, run.scalars, run.traceparent = m.priority, m.scalars, m.traceparent
-        run.wants_partials, run.key, run.request, run.num_bytes = m.wants_partials, m.key, m, num_bytes
+        self._describe(run, m, num_bytes)
         if m.timeout_ms is not None:
             run.deadline = now + m.timeout_ms / 1000.0
         if kernel is not None:
@@ -159,8 +170,27 @@ class Admission:
         session.used_bytes += num_bytes
         self._state.quotas.take((run.account.principal, run.account.name), run.num_rows, now)
         self._state.ledger.open(run)
-        if m.key is not None and self._state.journal.find(session.principal, m.key, now) is None:
-            self._state.journal.accept(session.principal, m.key, digest_of(m), run)
+        if run.key is not None and self._state.journal.find(session.principal, run.key, now) is None:
+            self._state.journal.accept(session.principal, run.key, digest_of(m), run)
+        return run
+
+    def _describe(self, run: Run, m: Submit, num_bytes: int) -> None:
+        run.priority, run.scalars, run.traceparent = m.priority, m.scalars, m.traceparent
+        run.wants_partials, run.request, run.num_bytes = m.wants_partials, m, num_bytes
+        run.is_durable, run.key = self.is_durable(m), self.key_of(m)
+
+    def reopen(self, session: ClientSession, kept: Kept, arrived: float, deadline: float) -> Run:
+        """A durable task that an earlier broker took, with the rows that have no outcome yet; its kernel is still to come."""
+        m = kept.submit
+        self._next_seq += 1
+        run = Run(session, m.id, m.kernel, m.block.num_rows, self._next_seq, arrived)
+        self._describe(run, m, m.block.nbytes)
+        run.is_durable, run.key, run.deadline = True, kept.key, deadline
+        run.keep_only(sorted((s, e) for o in kept.outcomes for _, s, e in o.spans), kept.deaths)
+        run.started = [(start, stop) for start, stop, _ in kept.started]
+        session.used_rows += run.num_open
+        session.used_bytes += run.num_bytes
+        self._state.ledger.open(run)
         return run
 
     def bind(self, run: Run) -> None:

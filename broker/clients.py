@@ -10,6 +10,7 @@ from typing import Any
 
 from penstock.broker import reports
 from penstock.broker.admission import Admission, Refusal, is_same
+from penstock.broker.durable import Kept
 from penstock.broker.journal import Entry
 from penstock.broker.protocol import (
     ID_BYTES,
@@ -25,14 +26,18 @@ from penstock.broker.protocol import (
     Heartbeat,
     Hello,
     Outcome,
+    Partial,
     Refused,
     Reply,
+    Results,
+    Share,
     Status,
     Submit,
     Welcome,
 )
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.settlement import Settlement, Span
+from penstock.broker.sharing import Unshared
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece, Run
 from penstock.broker.wire import Message
@@ -63,6 +68,7 @@ class Clients:
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
         self._closing: deque[ClientSession] = deque()
+        self._absent: dict[tuple[str, str], ClientSession] = {}
         self._on_unwanted = on_unwanted
         self._admission = Admission(state, is_settled)
         self._report = report
@@ -71,12 +77,15 @@ class Clients:
     def __len__(self) -> int:
         return len(self._by_secret)
 
+    def sessions(self) -> Iterable[ClientSession]:
+        return self._by_secret.values()
+
     # --- messages --------------------------------------------------------------------------------------------------
 
-    def receive(self, route: Route, principal: str, m: Message, now: float) -> None:
-        """Act on one message from the front socket."""
+    def receive(self, route: Route, principal: str, m: Message, now: float, pid: int = 0) -> None:
+        """Act on one message from the front socket. `pid` is the peer's process as the kernel knows it, or 0."""
         if isinstance(m, Hello | Attach):
-            self._enter(route, principal, m, now)
+            self._enter(route, principal, m, now, pid)
             return
         session = self.by_route.get(route)
         if session is None or (principal and principal != session.principal):
@@ -88,10 +97,10 @@ class Clients:
             case Submit():
                 self._submit(session, m, now)
             case Heartbeat():
-                session.acknowledge(m.ack)
+                self._acknowledge(session, m.ack, now)
                 self.state.send(FRONT, route, Heartbeat())
             case Ack():
-                session.acknowledge(m.seq)
+                self._acknowledge(session, m.seq, now)
             case Cancel():
                 self._cancel(session, m, now)
             case Status():
@@ -99,6 +108,8 @@ class Clients:
             case Control():
                 error = self._control(session.principal, m.op, m.target, now)
                 self.state.send(FRONT, route, Reply(request=m.request, error=error))
+            case Share():
+                self.state.sharing.share(session, m, pid)
             case Goodbye():
                 self._leave(session)
 
@@ -107,7 +118,7 @@ class Clients:
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
-    def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float) -> None:
+    def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
         key = (principal, m.secret)
         session = self._by_secret.get(key)
         if session is None and len(self._by_secret) >= self.state.config.max_clients:
@@ -133,17 +144,26 @@ class Clients:
         }  # fmt: skip
         welcome = Welcome(
             epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, limits=limits,
-            credit=self._admission.credit(session), unknown=unknown,
+            credit=self._admission.credit(session), unknown=unknown, shared=self.state.sharing.offer(session, config, pid),
         )  # fmt: skip
         self.state.send(FRONT, route, welcome)
         if isinstance(m, Attach):
-            session.acknowledge(m.received if is_resumed else 0)
+            self._acknowledge(session, m.received if is_resumed else 0, now)
             for message in session.outbox:
-                self.state.send(FRONT, route, message)
+                self._send_again(session, message)
+
+    def _send_again(self, session: ClientSession, message: Results | Partial) -> None:
+        """All in frames: perhaps it is asked for again because shared memory could not be read."""
+        readable = self.state.sharing.readable_message(message, session, is_inlined=True)
+        self.state.send(FRONT, session.route, readable, is_promise=True)
 
     def _unknown(self, session: ClientSession, open_ids: bytes) -> bytes:
         ids = [open_ids[i : i + ID_BYTES] for i in range(0, len(open_ids), ID_BYTES)]
         return b"".join(i for i in ids if self._find(session, i) is None and i not in session.finished)
+
+    def _acknowledge(self, session: ClientSession, seq: int, now: float) -> None:
+        for run_id in session.acknowledge(seq):
+            self.state.journal.acknowledged(session.principal, run_id, now)
 
     def _find(self, session: ClientSession, run_id: bytes) -> Run | None:
         """An open run, if it is this session's."""
@@ -165,6 +185,9 @@ class Clients:
         session.is_closed = True
         session.account.num_sessions -= 1
         session.outbox.clear()
+        for run in [run for run in session.runs if run.number]:
+            self._hand_over(run, self._nobody(session.principal, session.name, session.last_seen))
+        self.state.sharing.leave(session)
         self._closing.append(session)
 
     def expel(self, principals: Collection[str]) -> None:
@@ -174,6 +197,49 @@ class Clients:
             if session.route is not None:
                 self._send_fault(session.route, Code.NOT_AUTHORISED, "this key is not allowed any more")
             self._leave(session)
+
+    def lose_process(self, pid: int) -> None:
+        """The kernel says that this process has ended: with it go the sessions that share its memory."""
+        for session in [s for s in self._by_secret.values() if s.sharer is not None and s.sharer.pid == pid]:
+            self.state.counters["lost_clients"] += 1
+            self._leave(session)
+
+    # --- durable tasks without a client ----------------------------------------------------------------------------
+
+    def _nobody(self, principal: str, name: str, now: float) -> ClientSession:
+        """Who holds the durable tasks of a client that is not there. It is told nothing: the journal keeps the outcomes."""
+        session = self._absent.get((principal, name))
+        if session is None:
+            account = self.state.policy.accounts.get(principal, name, self.state.quotas.rules(name).weight)
+            session = self._absent[principal, name] = ClientSession(principal, name, b"", None, now, account)
+            session.is_closed = True
+        return session
+
+    @staticmethod
+    def _hand_over(run: Run, session: ClientSession) -> None:
+        """A run becomes another session's."""
+        before = run.session
+        before.runs.remove(run)
+        before.returned_rows += run.num_open
+        before.returned_bytes += run.num_bytes
+        session.runs.add(run)
+        session.used_rows += run.num_open
+        session.used_bytes += run.num_bytes
+        run.session = session
+
+    def restore(self, kept: Kept, arrived: float, deadline: float) -> Run:
+        """A durable task that an earlier broker took, and that is not over."""
+        run = self._admission.reopen(self._nobody(kept.principal, kept.client, arrived), kept, arrived, deadline)
+        self.state.kernels.park(run)
+        return run
+
+    def _end_started(self, run: Run, now: float) -> None:
+        """What an earlier broker gave to a worker runs again only if it may."""
+        spec = self.state.kernels.known[run.kernel]
+        for start, stop in run.started if not spec.is_idempotent else ():
+            text = f"it may have run under an earlier broker; {run.kernel!r} is not idempotent, so it was not run again"
+            self.end_pieces(_within(run, start, stop), FAILED, Error(Code.WORKER_LOST, text), now)
+        run.started = []
 
     def forgive(self, pause_s: float, now: float) -> None:
         """The broker itself stood still: nobody else is to blame for it."""
@@ -206,9 +272,11 @@ class Clients:
     # --- admission -------------------------------------------------------------------------------------------------
 
     def _submit(self, session: ClientSession, m: Submit, now: float) -> None:
-        session.acknowledge(m.ack)
+        self._acknowledge(session, m.ack, now)
         num_rows, num_bytes = m.block.num_rows, m.block.nbytes
         try:
+            if m.block.layout.num_framed:
+                self._adopt(session, m)
             if self._is_repeat(session, m):
                 return
             self._admission.check(session, m, num_rows, num_bytes, now)
@@ -230,9 +298,15 @@ class Clients:
             self.state.ledger.enqueue(run, run.queue)
         self.state.counters["accepted"] += num_rows
         if m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id))
+            self.state.send(FRONT, session.route, Accepted(id=m.id), run.is_durable)
         if entry is not None and entry.run is not None:
             self._catch_up(run, entry, now)
+
+    def _adopt(self, session: ClientSession, m: Submit) -> None:
+        try:
+            self.state.sharing.adopt(session, [m.block], self.state.config)
+        except Unshared as e:
+            raise Refusal(Code.UNSHARED, str(e)) from None
 
     def _catch_up(self, follower: Run, entry: Entry, now: float) -> None:
         """Give a run the outcomes that its twin, still open, has had already."""
@@ -246,21 +320,36 @@ class Clients:
         run = self.state.ledger.find(session.principal, m.id)
         if run is None and m.id not in session.finished:
             return False
-        if run is not None and (run.session is not session or not is_same(run.request, m)):
+        if run is not None and not (run.session in (session, self._absent.get(_name(run))) and is_same(run.request, m)):
             raise Refusal(Code.CONFLICT, "this id belongs to another submission: draw 16 random bytes for each")
         self.state.counters["repeated"] += 1
+        if run is not None and run.session is not session:
+            self._rejoin(session, run)
         if run is None:
             seq = session.finished[m.id]
             for message in session.outbox:
                 if message.seq == seq:
-                    self.state.send(FRONT, session.route, message)
+                    self._send_again(session, message)
         elif m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id))
+            self.state.send(FRONT, session.route, Accepted(id=m.id), run.is_durable)
         return True
+
+    def _rejoin(self, session: ClientSession, run: Run) -> None:
+        """The client of a durable task is there again: it hears what it missed."""
+        self._hand_over(run, session)
+        num_over = run.num_rows - run.num_open
+        session.used_rows += num_over
+        session.returned_rows += num_over
+        entry = self.state.journal.entry(run)
+        outcomes = entry.outcomes if entry is not None else []
+        for at in range(0, len(outcomes), MAX_REPLAYED):
+            self._deliver(session, outcomes[at : at + MAX_REPLAYED], (), is_promise=True)
 
     def bind_late(self, runs: Iterable[Run], now: float) -> None:
         """Bind runs that are open already, because their kernel came or changed; what it does not take ends here."""
         for run in runs:
+            if run.started and run.kernel in self.state.kernels.known:
+                self._end_started(run, now)
             if not run.num_open:  # it shared the outcome of one before it
                 continue
             queued = [p for p in run.pieces if p.state == QUEUED]
@@ -281,10 +370,12 @@ class Clients:
         session.used_bytes += num_bytes
         self._give_back(session, num_rows, num_bytes)
         if m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id))
+            self.state.send(FRONT, session.route, Accepted(id=m.id), bool(entry.number))
+        if entry.number:
+            self.state.journal.also_known_as(session.principal, m.id, entry.number)
         outcomes = [replace(o, spans=[(m.id, s, e) for _, s, e in o.spans]) for o in entry.outcomes]
         for at in range(0, len(outcomes), MAX_REPLAYED):
-            self._deliver(session, outcomes[at : at + MAX_REPLAYED], [m.id])
+            self._deliver(session, outcomes[at : at + MAX_REPLAYED], [m.id], bool(entry.number))
         self.state.counters["replayed"] += num_rows
 
     def _give_back(self, session: ClientSession, num_rows: int, num_bytes: int) -> None:
@@ -336,18 +427,21 @@ class Clients:
         for session, spans in settlement.spans.items():
             if not session.is_closed:
                 finished = settlement.finished.get(session, ())
+                is_durable = session in settlement.durable
                 for portion in settlement.portions(spans):
-                    self._deliver(session, [settlement.outcome(portion)], _among(finished, portion, spans))
+                    self._deliver(session, [settlement.outcome(portion)], _among(finished, portion, spans), is_durable)
         for lease in unwanted:
             if not lease.is_cancelled and not any(p.state == LEASED for p in lease.pieces):
                 lease.is_cancelled = True
                 self._on_unwanted(lease)
 
-    def _deliver(self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes]) -> None:
+    def _deliver(
+        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = False
+    ) -> None:
         results = session.add_result(outcomes, self._admission.credit(session))
         for run_id in finished:
             session.finished[run_id] = results.seq
-        self.state.send(FRONT, session.route, results)
+        self.state.send(FRONT, session.route, self.state.sharing.readable_message(results, session), is_promise)
 
     def deliver_partial(self, piece: Piece, outcome: Outcome) -> None:
         """A piece of a streaming answer, if its client wants them."""
@@ -355,7 +449,7 @@ class Clients:
         if piece.run.wants_partials and not session.is_closed:
             partial = session.add_partial(outcome)
             if partial is not None:
-                self.state.send(FRONT, session.route, partial)
+                self.state.send(FRONT, session.route, self.state.sharing.readable_message(partial, session))
 
     # --- status ----------------------------------------------------------------------------------------------------
 
@@ -386,6 +480,10 @@ def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) ->
         return finished
     told = {span[0] for span in portion}
     return [run_id for run_id in finished if run_id in told]
+
+
+def _name(run: Run) -> tuple[str, str]:
+    return run.session.principal, run.session.name
 
 
 def _within(run: Run, start: int, stop: int) -> list[tuple[Piece, int, int]]:

@@ -3,7 +3,8 @@
 Knows byte layout only: descriptors, strides, slicing, joining. Does not know messages, tasks, numpy or torch.
 
 A block holds `num_rows` rows of some columns. Column by column, all rows of the *packed* columns lie one after the other
-in the first frame; a *framed* column (rows of 64 KiB and more) has one frame per row after it. A row is either of fixed
+in the first frame; a *framed* column (rows of 64 KiB and more) has one frame per row after it, or a descriptor of where the row
+lies in shared memory (`shared.py`). A row is either of fixed
 shape (`lengths` is None) or *ragged*: its dimension 0 is in the lengths column and `shape` holds the others. Text and
 bytes are ragged columns of one-byte items.
 """
@@ -12,10 +13,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import zmq
+
+from penstock.broker import shared
+from penstock.broker.shared import SharedBytes
 
 ITEM_BYTES = {
     "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
@@ -31,6 +35,9 @@ MAX_LAYOUT_BYTES = 8192
 MAX_INTERNED = 4096
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
+Stored = Buffer | SharedBytes
+"""What a block's frames are: bytes that travel, or a reference."""
+_HAS_BUFFER = (zmq.Frame, SharedBytes)
 Lengths = Sequence[int] | None
 
 
@@ -38,12 +45,12 @@ class LayoutError(ValueError):
     """The descriptors and the frames of a block do not fit together."""
 
 
-def view(frame: Buffer) -> Any:
+def view(frame: Stored) -> Any:
     """The frame's bytes as something that can be sliced without a copy and has a len()."""
-    return frame.buffer if isinstance(frame, zmq.Frame) else memoryview(frame)
+    return frame.buffer if isinstance(frame, _HAS_BUFFER) else memoryview(frame)
 
 
-def frame_bytes(frame: Buffer) -> int:
+def frame_bytes(frame: Stored) -> int:
     return len(frame) if not isinstance(frame, memoryview) else frame.nbytes
 
 
@@ -129,7 +136,7 @@ class Block:
     __slots__ = ("_offsets", "frames", "layout", "lengths", "num_rows")
 
     def __init__(
-        self, num_rows: int, columns: tuple[Column, ...] | Layout, lengths: Sequence[Lengths], frames: Sequence[Buffer]
+        self, num_rows: int, columns: tuple[Column, ...] | Layout, lengths: Sequence[Lengths], frames: Sequence[Stored]
     ) -> None:
         self.num_rows = num_rows
         self.layout = columns if isinstance(columns, Layout) else Layout.of(columns)
@@ -195,8 +202,37 @@ class Block:
             return view(self.frames[self.frame_index(index, row)])
         return self.column(index, row, row + 1)
 
+    @property
+    def has_shared(self) -> bool:
+        """Some of its rows lie in shared memory."""
+        return bool(self.layout.num_framed) and any(isinstance(f, SharedBytes) for f in self.frames)
+
+    @property
+    def sent_frames(self) -> Sequence[Buffer]:
+        """Those that travel."""
+        if not self.layout.num_framed:
+            return cast(Sequence[Buffer], self.frames)
+        return [f for f in self.frames if not isinstance(f, SharedBytes)]
+
+    def inlined(self) -> "Block":
+        """The same bytes with none by reference: what is shared is a view of it."""
+        frames = [f.buffer if isinstance(f, SharedBytes) else f for f in self.frames]
+        return Block(self.num_rows, self.layout, self.lengths, frames)
+
+    def copied(self) -> "Block":
+        """The same bytes, those that are shared as a copy of our own."""
+        frames = [bytes(f.buffer) if isinstance(f, SharedBytes) else f for f in self.frames]
+        return Block(self.num_rows, self.layout, self.lengths, frames)
+
     def describe(self) -> list[Any]:
-        """The header's form: [num_rows, layout], and the lengths (nil or one count per row) of each column if any has them."""
+        """The header's form: `content`, and the descriptors of frames that do not travel, if there are any."""
+        if self.layout.num_framed and (descriptors := shared.describe(self.frames)):
+            content = self.content()
+            return [*content, descriptors] if len(content) == 3 else [*content, None, descriptors]
+        return self.content()
+
+    def content(self) -> list[Any]:
+        """[num_rows, layout], and the lengths (nil or one count per row) of each column if any has them."""
         layout = self.layout
         if layout.is_plain or all(n is None for n in self.lengths):
             return [self.num_rows, layout.packed]
@@ -213,18 +249,26 @@ class Block:
         Raises:
             LayoutError: whatever does not fit, down to the last byte.
         """
-        if not (type(described) is list and 2 <= len(described) <= 3):
-            raise LayoutError("a block is [rows, layout] or [rows, layout, lengths]")
+        if not (type(described) is list and 2 <= len(described) <= 4):
+            raise LayoutError("a block is [rows, layout], [rows, layout, lengths] or [rows, layout, lengths, descriptors]")
         num_rows = described[0]
         if type(num_rows) is not int or not 0 <= num_rows <= max_rows:
             raise LayoutError(f"rows must be 0 to {max_rows}")
         layout = Layout.parse(described[1])
-        lengths = _parse_lengths(described[2], layout, num_rows) if len(described) == 3 else layout.no_lengths
+        lengths: Sequence[Lengths] = layout.no_lengths
+        if len(described) > 2 and not (len(described) == 4 and described[2] is None):
+            lengths = _parse_lengths(described[2], layout, num_rows)
         block = cls(num_rows, layout, lengths, ())
         num_frames = block.num_frames
-        if num_frames > len(frames):
+        if len(described) == 4:
+            try:
+                block.frames = shared.merge(described[3], frames, int(layout.has_packed), num_frames)
+            except shared.DescriptorError as e:
+                raise LayoutError(str(e)) from e
+        elif num_frames > len(frames):
             raise LayoutError(f"{num_frames} payload frames expected, {len(frames)} came")
-        block.frames = frames[:num_frames]
+        else:
+            block.frames = frames[:num_frames]
         block._check_sizes()
         return block
 
@@ -295,6 +339,14 @@ def _are_counts(values: list[Any]) -> bool:
     return all(type(v) is int and 0 <= v < 1 << 48 for v in values)
 
 
+def any_shared(blocks: Iterable[Block | None]) -> bool:
+    """Whether rows of any of these lie in shared memory."""
+    for block in blocks:  # noqa: SIM110 - asked of every message: a generator costs twice as much
+        if block is not None and block.layout.num_framed and block.has_shared:
+            return True
+    return False
+
+
 def gather(pieces: Sequence[tuple[Block, int, int]]) -> Block:
     """Join row ranges [start, stop) of blocks with equal columns into one block.
 
@@ -308,14 +360,14 @@ def gather(pieces: Sequence[tuple[Block, int, int]]) -> Block:
         return _gather_plain(layout, pieces)
     lengths = list[Lengths]()
     packed = list[Any]()
-    framed = list[Buffer]()
+    framed = list[Stored]()
     for i, column in enumerate(layout.columns):
         lengths.append([n for b, s, e in pieces for n in (b.lengths[i] or ())[s:e]] if column.is_ragged else None)
         if column.is_framed:
             framed += [b.frames[b.frame_index(i, row)] for b, s, e in pieces for row in range(s, e)]
         else:
             packed += [b.column(i, s, e) for b, s, e in pieces]
-    frames: list[Buffer] = framed
+    frames: list[Stored] = framed
     if layout.has_packed:
         frames = [packed[0] if len(packed) == 1 else b"".join(packed), *framed]
     return Block(sum(e - s for _, s, e in pieces), layout, lengths, frames)
@@ -355,14 +407,14 @@ def reshape(block: Block, index: int, is_ragged: bool) -> Block:
     )
 
 
-def pack(columns: Iterable[tuple[Column, Lengths, Sequence[Buffer]]], num_rows: int) -> Block:
+def pack(columns: Iterable[tuple[Column, Lengths, Sequence[Stored]]], num_rows: int) -> Block:
     """Build a block from each column's rows (`num_rows` buffers; or one buffer with all rows of a packed column)."""
-    descriptors, all_lengths, packed, framed = list[Column](), list[Lengths](), list[Any](), list[Buffer]()
+    descriptors, all_lengths, packed, framed = list[Column](), list[Lengths](), list[Any](), list[Stored]()
     for column, lengths, rows in columns:
         descriptors.append(column)
         all_lengths.append(lengths)
         (framed if column.is_framed else packed).extend(rows)
-    frames: list[Buffer] = framed
+    frames: list[Stored] = framed
     if any(not c.is_framed for c in descriptors):
         frames = [packed[0] if len(packed) == 1 else b"".join(packed), *framed]
     return Block(num_rows, tuple(descriptors), all_lengths, frames)

@@ -10,11 +10,13 @@ from penstock.broker.wire import MAX_ROWS
 
 NEEDS_RESTART: Final = (
     "url", "listen", "curve", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes",
+    "journal", "result_ttl_s", "max_kept_bytes", "min_free_bytes",
 )  # fmt: skip
 """Settings that sockets, peers and the journal were given once, and cannot be given again."""
-_NO_NUMBERS: Final = ("url", "listen", "curve", "metrics", "state_dir")
+_NO_NUMBERS: Final = ("url", "listen", "curve", "metrics", "state_dir", "journal", "durable_kernels")
 _CURVE: Final = ("auto", "on", "off")
-_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s")
+JOURNALS: Final = ("disk", "memory")
+_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s", "shared_bytes")
 _HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
 
 
@@ -44,6 +46,12 @@ class BrokerConfig:
     """Results of one session that wait for its acknowledgement; past it the session may not submit."""
     max_message_bytes: int = 256 << 20
     """Largest frame from a peer."""
+    shared_bytes: int = 256 << 20
+    """Shared memory of one session on this machine (ipc, Linux); 0: all payload goes through the sockets."""
+    shared_total_bytes: int = 4 << 30
+    """Of all sessions."""
+    shared_min_bytes: int = 1 << 20
+    """From this size on an array goes through shared memory."""
     max_rows_per_run: int = MAX_ROWS
     max_clients: int = 10_000
     max_workers: int = 256
@@ -53,6 +61,16 @@ class BrokerConfig:
     """How long an idempotency key is remembered after its outcome."""
     dedup_bytes: int = 256 << 20
     """Payload of outcomes kept for idempotency keys."""
+    journal: str = "disk"
+    """Where durable tasks are kept: "disk", in the state directory; "memory": durable tasks are refused."""
+    durable_kernels: tuple[str, ...] = ()
+    """Kernels whose tasks are durable whatever their client asks for."""
+    result_ttl_s: float = 86_400.0
+    """How long a durable task's outcome is kept for a client that does not fetch it."""
+    max_kept_bytes: int = 4 << 30
+    """Payload of such outcomes; past it no durable task is taken."""
+    min_free_bytes: int = 256 << 20
+    """Space on the journal's disk below which no durable task is taken."""
     heartbeat_ms: float = 1000.0
     liveness_s: float = 5.0
     """A worker silent for this long is lost."""
@@ -73,6 +91,8 @@ class BrokerConfig:
                     raise ValueError(f"{f.name} must be 0 or more, not {value!r}")
             elif f.name not in _NO_NUMBERS and not value > 0:
                 raise ValueError(f"{f.name} must be above 0, not {value!r}")
+        if self.journal not in JOURNALS:
+            raise ValueError(f"journal must be one of {', '.join(JOURNALS)}, not {self.journal!r}")
         if self.max_rows_per_run > MAX_ROWS:
             raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")
         if self.liveness_s * 1000 < 2 * self.heartbeat_ms:

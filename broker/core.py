@@ -4,15 +4,17 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol
 
 from penstock.broker import reports
 from penstock.broker.clients import Clients
+from penstock.broker.columns import Block
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
-from penstock.broker.journal import Journal, MemoryJournal
+from penstock.broker.durable import DurableJournal
+from penstock.broker.journal import Journal
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.protocol import Code, Error, Fault, Goodbye
 from penstock.broker.scheduling.events import Event as SchedulingEvent
@@ -20,12 +22,15 @@ from penstock.broker.scheduling.overload import CoDel
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import Route
 from penstock.broker.settings import SettingsError
+from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
+from penstock.broker.storage.records import Put, Write
 from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
+INF = float("inf")
 
 
 @record
@@ -58,7 +63,7 @@ class PeerLost:
 
 @record
 class ProcessEnded:
-    """The kernel says that a worker's process has ended."""
+    """The kernel says that a process has ended: a worker's, or that of a client that shares memory."""
 
     pid: int
 
@@ -92,7 +97,8 @@ class Core:
     """See the module. `epoch` is drawn by the shell: below 2**31, different at every start.
 
     `configuration` reads the settings again when asked to; without one there is nothing to reload. `operators`
-    are the principals that may control the broker, beside those whose key has the role of an admin.
+    are the principals that may control the broker, beside those whose key has the role of an admin. `memory` opens what
+    peers on this machine share; without it nothing is.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class Core:
         configuration: Configuration | None = None,
         metrics: Metrics | None = None,
         operators: Collection[str] = (),
+        memory: HostMemory | None = None,
     ) -> None:
         self.pid = pid
         self.gate: KeyList | None = None
@@ -113,8 +120,8 @@ class Core:
         self._configuration = configuration
         if policy is None:
             policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
-        journal = journal or MemoryJournal(config.dedup_window_s, config.dedup_bytes)
-        self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics())
+        journal = journal or Journal(config.dedup_window_s, config.dedup_bytes)
+        self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics(), memory)
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
         self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control)
@@ -139,6 +146,7 @@ class Core:
                 side.lose_route(event.route)
             case ProcessEnded():
                 self.workers.lose_process(event.pid, now)
+                self.clients.lose_process(event.pid)
             case Stop():
                 self._stop()
         actions, self.state.actions = self.state.actions, []
@@ -147,7 +155,7 @@ class Core:
     def _receive(self, event: Received, now: float) -> None:
         try:
             if event.side == FRONT:
-                self.clients.receive(event.route, event.principal, event.message, now)
+                self.clients.receive(event.route, event.principal, event.message, now, event.pid)
             else:
                 self.workers.receive(event.route, event.principal, event.message, now, event.pid)
         except ProtocolError as e:
@@ -156,6 +164,27 @@ class Core:
     def _refuse(self, side: str, route: Route, reason: str) -> None:
         self.state.counters["malformed"] += 1
         self.state.send(side, route, Fault(error=Error(Code.PROTOCOL, reason)))
+
+    def restore(self, puts: Iterable[Put], now: float) -> int:
+        """Before the first event: take up the durable tasks of earlier brokers; how many of them are not over.
+
+        Raises:
+            Corrupt: a record cannot be understood.
+        """
+        journal = self.state.journal
+        if not isinstance(journal, DurableJournal):
+            return 0
+        open_ones = journal.restore(puts, now)
+        for kept in open_ones:
+            deadline = INF if kept.deadline is None else journal.monotonic(kept.deadline)
+            run = self.clients.restore(kept, min(journal.monotonic(kept.accepted_at), now), deadline)
+            journal.reopen(kept, run)
+        return len(open_ones)
+
+    def take_writes(self) -> list[Write]:
+        """What the journal asks to be made safe."""
+        writes, self.state.journal.writes = self.state.journal.writes, []
+        return writes
 
     # --- turns -----------------------------------------------------------------------------------------------------
 
@@ -173,11 +202,13 @@ class Core:
             self._swept_at = now
             self.clients.sweep(now)
             self.workers.sweep(now)
+            self.state.journal.expire(now)
             self._refuse_unknown(now)
             regression = self.dispatch.maintain(now)
             if regression is not None:
                 self._roll_back(regression, now)
         self._has_more = self.dispatch.run(now)
+        self.state.sharing.flush()
 
     def _give_up(self, piece: Piece, error: Error, now: float) -> None:
         self.clients.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
@@ -204,7 +235,10 @@ class Core:
             return
         known = ", ".join(sorted(self.state.kernels.known)) or "none: no worker has come"
         for name in list(parked):
-            for run in self.state.kernels.unpark(name):
+            runs = self.state.kernels.unpark(name)
+            for run in (run for run in runs if run.is_durable):
+                self.state.kernels.park(run)  # its worker may come later than any grace
+            for run in (run for run in runs if not run.is_durable):
                 error = Error(Code.UNKNOWN_KERNEL, f"no worker offers {name!r}; known kernels: {known}")
                 self.clients.end_pieces([(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED], FAILED, error, now)
 
@@ -327,6 +361,7 @@ class Core:
             **reports.of_scheduling(state, now),
             "workers": self.workers.report(),
             "kernels": {name: dict(spec.wire) for name, spec in state.kernels.known.items()},
+            "shared": state.sharing.report(),
             "counters": dict(state.counters),
             **({} if self.gate is None else {"security": self.gate.report()}),
             **({} if self._configuration is None else {"config": self._configuration.report(now)}),
@@ -339,13 +374,14 @@ class Core:
         state, config = self.state, self.state.config
         state.ledger.check(now)
         self._check_nothing_is_forgotten()
+        state.sharing.check(self._blocks())
         assert state.ledger.num_open <= config.max_queue_rows and state.ledger.open_bytes <= config.max_queue_bytes
         for route, session in self.clients.by_route.items():
             assert session.route == route and not session.is_closed
         for session in {r.session for r in state.ledger.runs()}:
             window = session.used_rows - session.returned_rows
             assert window == sum(r.num_open for r in session.runs), "credit leaks"
-            assert window <= config.window_rows
+            assert window <= config.window_rows or session.is_closed
         for route, worker in self.workers.by_route.items():
             assert worker.route == route
         for worker in self.workers.by_secret.values():
@@ -356,6 +392,14 @@ class Core:
                 leased = [le for le in worker.leases.values() if le.mode == "stream" and le.queue.kind[:2] == kind]
                 assert len(leased) == count <= leased[0].queue.spec.max_batch_size
         assert all(lease.worker.secret in self.workers.by_secret for lease in state.ledger.leases.values())
+
+    def _blocks(self) -> Iterator[Block]:
+        """All payload that is held: of tasks, of leases, and of results that were not acknowledged."""
+        ledger = self.state.ledger
+        yield from (run.request.block for run in ledger.runs())
+        yield from (block for lease in ledger.leases.values() for block in lease.lent or ())
+        for session in self.clients.sessions():
+            yield from (o.block for m in session.outbox for o in m.outcomes if o.block is not None)
 
     def _check_nothing_is_forgotten(self) -> None:
         """What is queued is in a queue that somebody serves, or waits for its kernel or for its twin."""

@@ -128,6 +128,8 @@ class Dispatch:
             state.metrics.device_time(account.name, spent_ms)
             if state.quotas.has_any:
                 state.quotas.spend((account.principal, account.name), spent_ms, now)
+        if "num_not_finite" in timings:
+            state.counters["not_finite"] += int(timings["num_not_finite"])
         if "num_oom" in timings:
             num_rows = int(timings.get("oom_rows", batch.num_rows))
             self._tell(
@@ -171,8 +173,13 @@ class Dispatch:
         self._state.policy.abandoned(lease.batch)
         self._state.breakers.abandoned(lease.worker.name, lease.queue.spec.name, lease.assigned_at)
 
-    def arrived(self, worker: WorkerSession) -> None:
+    def arrived(self, worker: WorkerSession, now: float) -> None:
+        """It is ready. One that comes after a fault gets small batches at first."""
         self._state.policy.predictor.add_worker(worker.name, worker.device)
+        fault = worker.facts.get("fault")
+        if fault:
+            self._state.policy.sizes.begin_slowly(worker.name)
+            self._tell(now, "fault", worker.name, f"back after a fault, with batches of one row at first: {fault}")
 
     def left(self, worker: WorkerSession) -> None:
         """Its session is over."""

@@ -61,10 +61,10 @@ class Ledger:
         """Take in a new run; its rows are queued, in no queue yet."""
         self._runs[run.session.principal][run.id[0]][run.id] = run
         run.session.runs.add(run)
-        self.num_rows[QUEUED] += run.num_rows
-        self.num_open += run.num_rows
+        self.num_rows[QUEUED] += run.num_open
+        self.num_open += run.num_open
         self.open_bytes += run.num_bytes
-        run.account.num_open += run.num_rows
+        run.account.num_open += run.num_open
         run.account.open_bytes += run.num_bytes
         if run.deadline != float("inf"):
             self._deadlines.add((run.deadline, run.seq, run))
@@ -133,6 +133,7 @@ class Ledger:
         for piece in lease.pieces:
             piece.lease = None
         lease.pieces = []
+        lease.lent = None
 
     def requeue(self, piece: Piece) -> None:
         """A leased piece goes back to its queue."""

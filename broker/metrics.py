@@ -126,6 +126,8 @@ class Gauges:
     events: Mapping[str, int] = field(default_factory=dict)
     """kind -> how many since the start."""
     longest_turn_s: float = 0.0
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    """Of shared memory, as status says it; empty: nothing is shared."""
 
 
 class Metrics:
@@ -250,9 +252,20 @@ def _gauges(g: Gauges) -> Iterable[str]:
     events = {(kind,): count for kind, count in g.events.items()}
     yield _family("events_total", "Decisions worth telling.", ("kind",), events, sum, kind="counter")
     yield _family("longest_turn_seconds", "The longest turn of the broker's loop.", (), {(): g.longest_turn_s})
+    yield from _shared(g.shared) if g.shared else ()
     yield _family("clients", "Client sessions.", (), {(): g.clients})
     yield _family("tasks_open", "Tasks queued or running.", (), {(): g.tasks_open})
     yield _family("uptime_seconds", "Since the broker's start.", (), {(): g.uptime_s})
+
+
+def _shared(said: Mapping[str, Any]) -> Iterable[str]:
+    yield _family("shared_segments", "Open segments of shared memory.", (), {(): said["segments"]})
+    yield _family("shared_segment_bytes", "Their bytes.", (), {(): said["segment_bytes"]})
+    yield _family("shared_loans", "Rows in them that somebody may still read.", (), {(): said["loans"]})
+    yield _family("shared_rows_total", "Rows that came by descriptor.", (), {(): said["rows"]}, kind="counter")
+    yield _family("shared_row_bytes_total", "Their bytes.", (), {(): said["row_bytes"]}, kind="counter")
+    fallbacks = {(reason,): count for reason, count in said["fallbacks"].items()}
+    yield _family("shared_fallbacks_total", "Rows that did not.", ("reason",), fallbacks, sum, kind="counter")
 
 
 Merge = Callable[[Iterable[float]], float]

@@ -44,6 +44,7 @@ def gauges(core: Core, now: float) -> Gauges:
         memory={w["name"]: w["memory"] for w in workers},
         breakers_open=[(row["worker"], row["kernel"]) for row in report["breakers"] if row["state"] == OPEN],
         events=state.events.counts,
+        shared=report["shared"],
         longest_turn_s=counters.get("longest_turn_us", 0) / 1e6,
     )
 

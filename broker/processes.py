@@ -1,4 +1,4 @@
-"""The ends of worker processes on this machine, as descriptors that become ready. Knows processes, and no worker."""
+"""The ends of peers' processes on this machine, as descriptors that become ready. Knows processes, and no peer."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ class Processes:
         for fd in ended:
             pid = self._pids.pop(fd)
             os.close(fd)
-            log.info("worker process %d has ended", pid)
+            log.info("process %d has ended", pid)
             yield pid
 
     def close(self) -> None:

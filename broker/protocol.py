@@ -58,6 +58,8 @@ class Code:
     UNAVAILABLE = "unavailable"
     PROTOCOL = "protocol"
     """The message itself was malformed; nothing was done."""
+    UNSHARED = "unshared"
+    """Shared memory that cannot be read: the same again, with the bytes in frames. Only peers that share meet it."""
     UNATTACHED = "unattached"
     """This address has no session: say `hello`, or `attach` to an old one."""
 
@@ -71,6 +73,8 @@ COUNT = integer(0, MAX_COUNT)
 ROW = integer(0, MAX_ROWS)
 NUMBER = number(0.0, 1e15)
 PAIR = listing(COUNT, 2, 2)
+MAX_COUNTS: Final = 4096
+COUNTS = listing(COUNT, MAX_COUNTS)
 
 
 @record
@@ -212,9 +216,23 @@ class Heartbeat(Message):
 
 @message("goodbye")
 class Goodbye(Message):
-    """The peer leaves for good: a client's open tasks are cancelled, a worker's leases return."""
+    """The peer leaves for good: a client's open tasks are cancelled, a worker's leases return.
+
+    `is_fault`: the worker's device is broken, and what it holds may be why: suspects, as if it had died.
+    """
 
     reason: str = wire(TEXT, default="")
+    is_fault: bool = wire(FLAG, default=False)
+
+
+@message("share")
+class Share(Message):
+    """This peer can read the broker's `welcome.shared` probe: it may be sent descriptors, and will send some.
+
+    `segments` are the inodes of its own that are in use; said again when some of them are not any more.
+    """
+
+    segments: Sequence[int] = wire(COUNTS, default=())
 
 
 # --- broker -> client ----------------------------------------------------------------------------------------------
@@ -225,6 +243,8 @@ class Welcome(Message):
     """Answers `hello` and `attach`. `credit` is the cumulative [rows, bytes] that the session may submit.
 
     `unknown` holds those of `attach.open` that this broker never accepted, or has lost with an earlier epoch.
+    `shared` offers shared memory: `probe` [process, descriptor, inode], `min_bytes`, `max_bytes`, and `held`, the slots
+    [descriptor, offset] that the broker still reads of this session, one after another, as often as it has each on loan.
     """
 
     epoch: int = wire(COUNT)
@@ -233,6 +253,7 @@ class Welcome(Message):
     credit: Sequence[int] = wire(PAIR, default=(0, 0))
     limits: Mapping[str, Any] = wire(MAP, default={})
     unknown: bytes = wire(FRAME, default=b"")
+    shared: Mapping[str, Any] = wire(MAP, default={})
 
 
 @message("accepted")
@@ -294,7 +315,7 @@ def _parse_outcome(value: Any, reader: Reader) -> Outcome:
 def _write_outcome(o: Outcome, frames: list[Buffer]) -> Any:
     block = None
     if o.block is not None:
-        frames.extend(o.block.frames)
+        frames.extend(o.block.sent_frames)
         block = o.block.describe()
     return [o.spans, block, _write_error(o.error, frames), o.queue_ms, o.timings, o.part, o.attempt]
 
@@ -317,6 +338,15 @@ class Results(Message):
     seq: int = wire(COUNT)
     outcomes: Sequence[Outcome] = wire(OUTCOMES)
     credit: Sequence[int] = wire(PAIR, default=(0, 0))
+
+
+@message("release")
+class Release(Message):
+    """To a peer that shares: `slots` [descriptor, offset, descriptor, offset, ...] of its own are read no more, one loan each;
+    `segments` (inodes) of others will not be named again."""
+
+    slots: Sequence[int] = wire(COUNTS, default=())
+    segments: Sequence[int] = wire(COUNTS, default=())
 
 
 @message("reply")
@@ -389,7 +419,7 @@ def _parse_answer(value: Any, reader: Reader) -> Answer:
 def _write_answer(a: Answer, frames: list[Buffer]) -> Any:
     block = None
     if a.block is not None:
-        frames.extend(a.block.frames)
+        frames.extend(a.block.sent_frames)
         block = a.block.describe()
     return [a.start, a.stop, block, _write_error(a.error, frames)]
 
@@ -437,7 +467,10 @@ class WorkerHeartbeat(Message):
 
 @message("assign")
 class Assign(Message):
-    """A batch under a lease: rows of the blocks, one after another. `scalars` as in `Submit`, over the whole batch."""
+    """A batch under a lease: rows of the blocks, one after another. `scalars` as in `Submit`, over the whole batch.
+
+    `is_unshared`: not all who wait for it can read shared memory, so the answers come in frames.
+    """
 
     lease: int = wire(COUNT)
     kernel: str = wire(NAME)
@@ -449,6 +482,9 @@ class Assign(Message):
     principal: str = wire(text(128), default="")
     attempt: int = wire(COUNT, default=1)
     traceparent: str | None = wire(text(64, can_be_nil=True), default=None)
+    is_unshared: bool = wire(FLAG, default=False)
+    predicted_ms: float = wire(NUMBER, default=0.0)
+    """What the broker expects the batch to take; 0: it does not know."""
 
 
 @message("cancel")
@@ -465,14 +501,14 @@ class Drain(Message):
 
 
 FROM_CLIENT: Final[dict[str, type[Message]]] = {
-    m.TYPE: m for m in (Hello, Attach, Submit, Cancel, Ack, Status, Control, Heartbeat, Goodbye)
+    m.TYPE: m for m in (Hello, Attach, Submit, Cancel, Ack, Status, Control, Heartbeat, Share, Goodbye)
 }
 TO_CLIENT: Final[dict[str, type[Message]]] = {
-    m.TYPE: m for m in (Welcome, Accepted, Refused, Partial, Results, Reply, Fault, Heartbeat, Goodbye)
+    m.TYPE: m for m in (Welcome, Accepted, Refused, Partial, Results, Release, Reply, Fault, Heartbeat, Goodbye)
 }
 FROM_WORKER: Final[dict[str, type[Message]]] = {
-    m.TYPE: m for m in (WorkerHello, Ready, Pull, WorkerFinal, WorkerPartial, Resident, WorkerHeartbeat, Drain, Goodbye)
+    m.TYPE: m for m in (WorkerHello, Ready, Pull, WorkerFinal, WorkerPartial, Resident, WorkerHeartbeat, Share, Drain, Goodbye)
 }
 TO_WORKER: Final[dict[str, type[Message]]] = {
-    m.TYPE: m for m in (Welcome, Assign, CancelLease, Drain, Fault, Heartbeat, Goodbye)
+    m.TYPE: m for m in (Welcome, Assign, CancelLease, Release, Drain, Fault, Heartbeat, Goodbye)
 }

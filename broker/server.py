@@ -20,12 +20,15 @@ from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.door import AlreadyRunning, Door
+from penstock.broker.durable import DurableJournal
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
 from penstock.broker.gate import Gate
+from penstock.broker.journal import Journal
 from penstock.broker.keys import KeyFolder
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.pages import pages_of
 from penstock.broker.processes import Processes
+from penstock.broker.promises import Promises
 from penstock.broker.protocol import (
     FROM_CLIENT,
     FROM_WORKER,
@@ -34,12 +37,16 @@ from penstock.broker.protocol import (
     Error,
     Fault,
     Hello,
+    Share,
     WorkerHeartbeat,
     WorkerHello,
 )
 from penstock.broker.responder import Responder
+from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
+from penstock.broker.storage.sqlite import SqliteStore
+from penstock.broker.storage.store import Store
 from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
 
 log = logging.getLogger("penstock.broker")
@@ -50,6 +57,8 @@ _SNDMORE, _NOBLOCK, _SRCFD = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.SRCFD)
 MAX_MESSAGES_PER_TURN = 128
 MAX_INTAKE_S = 0.005
 FAREWELL_S = 0.2
+ROOM_S = 2.0
+"""How often the space on the journal's disk is looked at."""
 COPIED_BYTES = 2048
 """Up to here a received frame is copied: keeping a frame object costs more memory than the copy takes time."""
 
@@ -74,8 +83,9 @@ class Server:
         keys = KeyFolder(settings.broker.state_dir)
         wants_keys = _wants_keys(self._addresses, settings.broker.curve, keys.has_any)
         self.core = Core(
-            settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, pid=os.getpid(),
-            configuration=Configuration(settings, load, now), metrics=Metrics() if settings.broker.metrics else NoMetrics(),
+            settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, journal=_journal(settings.broker, now),
+            pid=os.getpid(), configuration=Configuration(settings, load, now),
+            metrics=Metrics() if settings.broker.metrics else NoMetrics(), memory=host_memory() if address.is_ipc else None,
             operators=frozenset(("uid:0", f"uid:{os.getuid()}")),
         )  # fmt: skip
         self.longest_turn_s = 0.0
@@ -90,8 +100,11 @@ class Server:
         self._processes = Processes(self._poller)
         self._responder = Responder(pages_of(self.core))
         self._keepers: list[Keeper] = []
+        self._store: Store | None = None
+        self._promises = Promises(None, self._send)
         self._signals = Signals()
         self._stop_at: float | None = None
+        self._looked_at = now
 
     @property
     def config(self) -> BrokerConfig:
@@ -117,11 +130,28 @@ class Server:
             port = self._responder.open(host, port)
             log.info("metrics at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, port)
         self.keep("predictions", self.core.state.policy.predictor)
+        self._open_journal()
+
+    @property
+    def _folder(self) -> Path:
+        """Where this broker's files are; ours once the address is."""
+        return broker_folder(self.config.state_dir or default_state_dir(), self.address.url)
+
+    def _open_journal(self) -> None:
+        """Take up the durable tasks of earlier brokers. Raises StorageError."""
+        if not self.core.state.journal.is_durable:
+            return
+        began = time.monotonic()
+        self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
+        self._promises = Promises(store, self._send)
+        num_open = self.core.restore(store.load(), began)
+        self._poller.register(store.fileno(), zmq.POLLIN)
+        if num_open:
+            log.info("%d durable tasks go on, read in %.1f s", num_open, time.monotonic() - began)
 
     def keep(self, name: str, learner: Learner) -> None:
         """Have what it learns outlive this process, in a folder that is ours once the address is."""
-        folder = broker_folder(self.config.state_dir or default_state_dir(), self.address.url)
-        keeper = Keeper(folder / f"{name}.json", learner, time.monotonic())
+        keeper = Keeper(self._folder / f"{name}.json", learner, time.monotonic())
         keeper.restore()
         self._keepers.append(keeper)
 
@@ -172,6 +202,8 @@ class Server:
         if self._gate is not None:
             self._gate.close()
         self._context.term()
+        if self._store is not None:
+            self._store.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -226,14 +258,18 @@ class Server:
                 door.connections.sweep(started)
         for keeper in self._keepers:
             keeper.turn(started)
+        if self._store is not None and started - self._looked_at > ROOM_S:
+            self._looked_at, self.core.state.journal.has_room = started, self._store.has_room()
         took = time.monotonic() - started
         if took > self.longest_turn_s:
             self.longest_turn_s = took
             self.core.state.counters["longest_turn_us"] = int(took * 1e6)
 
     def _take_other(self, fd: int) -> None:
-        """Something other than a message: a signal of ours, the end of a worker's process, or somebody with HTTP."""
-        if fd == self._signals.fd:
+        """Something other than a message: a signal of ours, the end of a peer's process, or somebody with HTTP."""
+        if self._store is not None and fd == self._store.fileno():
+            self._promises.release()
+        elif fd == self._signals.fd:
             self._signals.drain()
         elif self._responder.owns(fd):
             self._responder.handle(fd, time.monotonic())
@@ -266,9 +302,9 @@ class Server:
         except ProtocolError as e:
             self._handle(Malformed(door.side, route, str(e)))
             return
-        if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat):
+        if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
             principal, pid = door.identify(first)
-        if isinstance(message, WorkerHello):
+        if isinstance(message, WorkerHello | Share):
             self._processes.watch(pid)
         self._handle(Received(door.side, route, principal, message, pid))
 
@@ -283,20 +319,30 @@ class Server:
         self._perform(self.core.handle(event, time.monotonic()))
 
     def _perform(self, actions: list[Send]) -> None:
-        for action in actions:
-            s, frames = self._doors[action.route[0]].socket, encode(action.message)
-            try:
-                s.send(action.route[1:], _SNDMORE | _NOBLOCK)
-            except zmq.ZMQError as e:
-                # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
-                if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                    raise
-                self._perform(self.core.handle(PeerLost(action.side, action.route), time.monotonic()))
-                continue
-            last = frames.pop()
-            for frame in frames:
-                s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
-            s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+        self._promises.perform(actions, self.core.take_writes())
+
+    def _send(self, action: Send) -> None:
+        s, frames = self._doors[action.route[0]].socket, encode(action.message)
+        try:
+            s.send(action.route[1:], _SNDMORE | _NOBLOCK)
+        except zmq.ZMQError as e:
+            # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
+            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._handle(PeerLost(action.side, action.route))
+            return
+        last = frames.pop()
+        for frame in frames:
+            s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
+        s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+
+
+def _journal(config: BrokerConfig, now: float) -> Journal:
+    if config.journal == "memory":
+        return Journal(config.dedup_window_s, config.dedup_bytes)
+    return DurableJournal(
+        config.dedup_window_s, config.dedup_bytes, config.result_ttl_s, config.max_kept_bytes, time.time() - now
+    )
 
 
 def _wants_keys(addresses: list[Address], curve: str, has_keys: bool) -> bool:

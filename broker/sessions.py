@@ -2,13 +2,16 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.broker.protocol import Outcome, Partial, Results
 from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.lanes import Kind
 from penstock.broker.spec import Spec
 from penstock.broker.tasks import Lease, Run
+
+if TYPE_CHECKING:
+    from penstock.broker.sharing import Sharer
 
 Route = bytes
 MAX_OUTCOMES_MERGED = 256
@@ -56,10 +59,12 @@ class ClientSession:
     __slots__ = (
         "account", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes", "outbox", "principal",
         "returned_bytes",
-        "returned_rows", "route", "runs", "secret", "sent_seq", "used_bytes", "used_rows",
+        "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes", "used_rows",
     )  # fmt: skip
 
-    def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float, account: Account) -> None:
+    def __init__(
+        self, principal: str, name: str, secret: bytes, route: Route | None, now: float, account: Account
+    ) -> None:
         self.principal = principal
         self.name = name
         self.secret = secret
@@ -72,6 +77,7 @@ class ClientSession:
         self.outbox: deque[Results | Partial] = deque()
         self.finished: dict[bytes, int] = {}
         self.num_unacked_bytes = 0
+        self.sharer: Sharer | None = None
         self.used_rows = self.used_bytes = self.returned_rows = self.returned_bytes = 0
 
     def leave_route(self) -> None:
@@ -100,9 +106,9 @@ class ClientSession:
         self.outbox.append(partial)
         return partial
 
-    def acknowledge(self, seq: int) -> None:
-        """Forget what has arrived."""
-        outbox = self.outbox
+    def acknowledge(self, seq: int) -> list[bytes]:
+        """Forget what has arrived; the submissions of which everything has come back."""
+        outbox, finished = self.outbox, list[bytes]()
         while outbox and outbox[0].seq <= seq:
             message = outbox.popleft()
             self.num_unacked_bytes -= _bytes_of(message.outcomes)
@@ -110,6 +116,8 @@ class ClientSession:
                 for run_id, _, _ in outcome.spans:
                     if self.finished.get(run_id, seq + 1) <= seq:
                         del self.finished[run_id]
+                        finished.append(run_id)
+        return finished
 
 
 def _bytes_of(outcomes: Sequence[Outcome]) -> int:
@@ -122,7 +130,7 @@ class WorkerSession:
     __slots__ = (
         "assigned_batches", "assigned_bytes", "batches", "credit_batches", "credit_bytes", "device", "facts", "is_draining",
         "is_ready", "kinds", "last_seen", "leases", "memory", "name", "num_bytes", "num_done", "num_failed", "pid",
-        "principal", "progress", "progress_at", "resident", "route", "secret", "specs", "streams",
+        "principal", "progress", "progress_at", "resident", "route", "secret", "sharer", "specs", "streams",
     )  # fmt: skip
 
     def __init__(self, principal: str, name: str, secret: bytes, route: Route, now: float) -> None:
@@ -145,6 +153,7 @@ class WorkerSession:
         self.batches = self.num_bytes = 0
         self.progress = -1
         self.num_done = self.num_failed = 0
+        self.sharer: Sharer | None = None
 
     @property
     def state(self) -> str:

@@ -4,10 +4,12 @@ Knows credit, idempotency keys and runs that share an answer. Does not know addr
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from penstock.broker.columns import Block, gather
+from penstock.broker.columns import Block, any_shared, gather
 from penstock.broker.protocol import Outcome
 from penstock.broker.sessions import ClientSession
+from penstock.broker.shared import DESCRIPTOR_BYTES
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import CANCELLED, EXPIRED, QUEUED, Piece, Run
 from penstock.broker.wire import MAX_ROWS
@@ -27,6 +29,8 @@ class Settlement:
         self.num_rows = 0
         self.spans: dict[ClientSession, list[Span]] = {}
         self.finished: dict[ClientSession, list[bytes]] = {}
+        self.durable: set[ClientSession] = set()
+        """Sessions that are told of a durable task's outcome."""
         self._state = state
         self._outcome = outcome
         self._answer = answer
@@ -48,6 +52,8 @@ class Settlement:
         session.returned_rows += num_rows
         if run.key is not None:
             self._remember(run, span)
+        if run.number:
+            self.durable.add(session)
         if run.num_open == 0:
             session.returned_bytes += run.num_bytes
             self.finished.setdefault(session, []).append(run.id)
@@ -66,10 +72,13 @@ class Settlement:
             metrics.deadline_missed("running" if is_leased else "queued", num_rows)
 
     def _remember(self, run: Run, span: Span) -> None:
-        if self._outcome in (CANCELLED, EXPIRED):
+        if self._outcome in (CANCELLED, EXPIRED) and not run.number:
             self._state.journal.forget(run)
         else:
-            self._state.journal.record(run, [self.outcome([span])])
+            outcome = self.outcome([span])
+            if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
+                outcome = replace(outcome, block=outcome.block.copied())
+            self._state.journal.record(run, [outcome])
 
     def _pass_on(self, follower: Run, start: int, stop: int, at: int) -> None:
         """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""
@@ -87,6 +96,8 @@ class Settlement:
         block = self._answer.block
         num_ragged = 0 if block is None else sum(n is not None for n in block.lengths)
         row_bytes = MAX_LENGTH_BYTES * num_ragged
+        if block is not None and any_shared([block]):
+            row_bytes += DESCRIPTOR_BYTES * block.layout.num_framed
         if self.num_rows <= MAX_ROWS and SPAN_BYTES * len(spans) + row_bytes * self.num_rows <= MAX_PORTION_BYTES:
             yield spans
             return

@@ -13,7 +13,8 @@ from penstock.broker.scheduling.events import EventLog
 from penstock.broker.scheduling.overload import CoDel
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.scheduling.quotas import Quotas
-from penstock.broker.sessions import Route, WorkerSession
+from penstock.broker.sessions import ClientSession, Route, WorkerSession
+from penstock.broker.sharing import HostMemory, Sharing
 from penstock.broker.wire import Message, record
 
 FRONT, BACK = "front", "back"
@@ -22,11 +23,13 @@ RATE_WINDOW_S = 5.0
 
 @record
 class Send:
-    """The one action there is: a message to the peer at an address of one side."""
+    """The one action there is: a message to the peer at an address of one side. One that is a promise goes when all that the
+    journal has been told is safe, and everything after it to the same address with it."""
 
     side: str
     route: Route
     message: Message
+    is_promise: bool = False
 
 
 class Rate:
@@ -48,7 +51,14 @@ class BrokerState:
     """One per core. Holds no rules: `Clients`, `Workers` and `Dispatch` do."""
 
     def __init__(
-        self, config: BrokerConfig, epoch: int, now: float, policy: PullPolicy, journal: Journal, metrics: Metrics
+        self,
+        config: BrokerConfig,
+        epoch: int,
+        now: float,
+        policy: PullPolicy,
+        journal: Journal,
+        metrics: Metrics,
+        memory: HostMemory | None = None,
     ) -> None:
         self.config = config
         self.metrics = metrics
@@ -60,6 +70,7 @@ class BrokerState:
         self.kernels = KernelTable()
         self.workers: dict[bytes, WorkerSession] = {}
         self.counters: Counter[str] = Counter()
+        self.sharing = Sharing(memory, self._send_to)
         self.events = EventLog()
         self.breakers = Breakers()
         self.codel = CoDel(policy.config.wait_budgets_s())
@@ -72,7 +83,10 @@ class BrokerState:
         """The workers that may be given work."""
         return [w for w in self.workers.values() if w.is_serving]
 
-    def send(self, side: str, route: Route | None, message: Message) -> None:
+    def _send_to(self, session: ClientSession | WorkerSession, message: Message) -> None:
+        self.send(FRONT if isinstance(session, ClientSession) else BACK, session.route, message)
+
+    def send(self, side: str, route: Route | None, message: Message, is_promise: bool = False) -> None:
         """Ask the shell to send; a peer that is away gets nothing."""
         if route is not None:
-            self.actions.append(Send(side, route, message))
+            self.actions.append(Send(side, route, message, is_promise))

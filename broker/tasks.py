@@ -4,7 +4,7 @@ A *run* is a submission of n rows. Its rows that have no outcome yet are covered
 split as batches and cancels need it, so that bookkeeping costs per range and not per row.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock.broker.columns import Block
@@ -68,8 +68,10 @@ class Run:
 
     __slots__ = (
         "account", "after", "alone_ms", "arrived", "before", "block", "cost_ms", "deadline", "expected_s",
-        "followers", "id", "is_known", "kernel", "key", "num_bytes", "num_open", "num_rows", "overdue_at", "pieces",
-        "priority", "queue", "request", "scalars", "seq", "session", "spread", "traceparent", "wants_partials",
+        "followers", "id", "is_durable", "is_known", "kernel", "key", "num_bytes", "num_open", "num_rows", "number",
+        "overdue_at", "pieces",
+        "priority", "queue", "request", "scalars", "seq", "session", "spread", "started",
+        "traceparent", "wants_partials",
     )  # fmt: skip
 
     def __init__(self, session: "ClientSession", run_id: bytes, kernel: str, num_rows: int, seq: int, arrived: float) -> None:
@@ -86,6 +88,11 @@ class Run:
         self.wants_partials = False
         self.traceparent: str | None = None
         self.key: bytes | None = None
+        self.is_durable = False
+        self.number = 0
+        """Of its records, if it is durable."""
+        self.started: list[tuple[int, int]] = []
+        """Rows that an earlier broker gave to a worker."""
         self.block: Block | None = None
         self.scalars: Mapping[str, Any] = {}
         self.account: Account = session.account
@@ -117,6 +124,22 @@ class Run:
             if piece.start < stop and start < piece.stop:
                 yield piece
 
+    def keep_only(self, ended: Sequence[tuple[int, int]], deaths: Sequence[tuple[int, int, int]]) -> None:
+        """Before it is opened: rows that have an outcome, in order, are none of its pieces; others have died so often."""
+        at, self.pieces = 0, []
+        for start, stop in [*ended, (self.num_rows, self.num_rows)]:
+            if at < start:
+                self.pieces.append(Piece(self, at, start))
+            at = max(at, stop)
+        for start, stop, count in deaths:
+            for piece in self.overlapping(start, stop):
+                if piece.start < start:
+                    piece = piece.split(start)
+                if piece.stop > stop:
+                    piece.split(stop)
+                piece.deaths, piece.is_isolated = max(piece.deaths, count), True
+        self.num_open = sum(piece.num_rows for piece in self.pieces)
+
     def release(self) -> None:
         """Drop what only an open run needs: payloads, and the references that would form cycles."""
         self.block = self.queue = self.request = self.followers = None
@@ -127,8 +150,8 @@ class Lease:
     """A batch in the hands of one worker session. `token` is the fence: no answer under another one counts."""
 
     __slots__ = (
-        "assigned_at", "attempt", "batch", "began_at", "is_cancelled", "mode", "num_answered", "num_bytes",
-        "num_failed", "num_rows", "part", "pieces", "queue", "token", "worker",
+        "assigned_at", "attempt", "batch", "began_at", "is_cancelled", "is_unshared", "lent", "mode", "num_answered",
+        "num_bytes", "num_failed", "num_rows", "part", "pieces", "queue", "token", "worker",
     )  # fmt: skip
 
     def __init__(self, token: int, worker: "WorkerSession", batch: "Batch", pieces: list[Piece], now: float) -> None:
@@ -146,7 +169,9 @@ class Lease:
         self.assigned_at = now
         self.began_at: float | None = now
         """When its worker turned to it, as far as the broker can tell; None while it waits behind another batch there."""
-        self.is_cancelled = False
+        self.is_cancelled = self.is_unshared = False
+        self.lent: list[Block] | None = None
+        """What its worker reads in shared memory: not given back before the lease ends, whatever becomes of the tasks."""
 
     def left_ms(self, now: float) -> float:
         """How long it is predicted to go on."""

@@ -14,7 +14,7 @@ import msgpack
 
 from penstock.broker.columns import Block, Buffer, LayoutError, view
 
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 VERSION = bytes((ord("P"), ord("S"), MAJOR, MINOR))
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ROWS = 4096
@@ -44,7 +44,7 @@ class Reader:
             block = Block.parse(described, self.frames, MAX_ROWS)
         except LayoutError as e:
             raise ProtocolError(str(e)) from e
-        self.frames = self.frames[len(block.frames) :]
+        self.frames = self.frames[len(block.sent_frames) :]
         return block
 
     def take_frame(self) -> bytes:
@@ -279,7 +279,7 @@ def _parse_scalars(value: Any, reader: Reader) -> dict[str, Any]:
 
 
 def _write_block(block: Block, frames: list[Buffer]) -> Any:
-    frames.extend(block.frames)
+    frames.extend(block.sent_frames)
     return block.describe()
 
 

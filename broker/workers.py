@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from penstock.broker.clients import Clients
-from penstock.broker.columns import Block, gather
+from penstock.broker.columns import Block, any_shared, gather
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.protocol import (
     Answer,
@@ -23,6 +23,7 @@ from penstock.broker.protocol import (
     Pull,
     Ready,
     Resident,
+    Share,
     Welcome,
     WorkerFinal,
     WorkerHeartbeat,
@@ -30,10 +31,15 @@ from penstock.broker.protocol import (
     WorkerPartial,
 )
 from penstock.broker.sessions import Route, WorkerSession
+from penstock.broker.sharing import Unshared
 from penstock.broker.spec import Spec, parse
 from penstock.broker.state import BACK, BrokerState
 from penstock.broker.tasks import DEAD, DONE, FAILED, LEASED, Lease, Piece
 from penstock.broker.wire import Message
+
+TOLD_MS = 100.0
+"""What is predicted to take less is not worth telling: a worker grants every batch seconds."""
+MAX_PREDICTED_MS = 1e12
 
 
 class Workers:
@@ -80,8 +86,10 @@ class Workers:
                 worker.progress_at = now
             case Drain():
                 self.drain(worker)
+            case Share():
+                self.state.sharing.share(worker, m, pid)
             case Goodbye():
-                self.lose(worker, "it said goodbye", now, is_suspect=False)
+                self.lose(worker, m.reason or "it said goodbye", now, is_suspect=m.is_fault)
 
     def _send_unattached(self, route: Route) -> None:
         error = Error(Code.UNATTACHED, "this address has no worker session: say hello, then ready")
@@ -105,7 +113,9 @@ class Workers:
         worker.route, worker.last_seen, worker.progress_at = route, now, now
         worker.pid, worker.device, worker.is_ready = pid or m.pid, m.device, False
         self.by_route[route] = worker
-        welcome = Welcome(epoch=self.state.epoch, heartbeat_ms=self.state.config.heartbeat_ms, is_resumed=is_resumed)
+        config = self.state.config
+        shared = self.state.sharing.offer(worker, config, pid)
+        welcome = Welcome(epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, shared=shared)
         self.state.send(BACK, route, welcome)
 
     def _free_name(self, wanted: str) -> str:
@@ -127,7 +137,7 @@ class Workers:
         worker.facts, worker.resident = m.device, {k: str(v) for k, v in m.resident.items()}
         worker.device = str(m.device.get("device", worker.device))[:64]
         worker.is_ready = True
-        self.dispatch.arrived(worker)
+        self.dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
         for spec in specs:
             self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
@@ -171,6 +181,7 @@ class Workers:
         if worker.route is not None:
             self.by_route.pop(worker.route, None)
         worker.route = None
+        self.state.sharing.leave(worker)
         self.changed_at = now
         self.state.counters["workers_lost" if is_suspect else "workers_left"] += 1
         self.state.kernels.withdraw(worker)
@@ -211,13 +222,21 @@ class Workers:
 
     def assign(self, lease: Lease) -> None:
         """Send a lease to its worker."""
-        queue, first = lease.queue, lease.pieces[0].run
+        for piece in lease.pieces:
+            self.state.journal.started(piece)
+        queue, first, worker = lease.queue, lease.pieces[0].run, lease.worker
+        blocks = _blocks(lease.pieces)
+        if any_shared(blocks):
+            blocks = self.state.sharing.readable_batch(blocks, worker)
+            lease.lent = [b for b in blocks if b.has_shared]
         assign = Assign(
             lease=lease.token, kernel=queue.spec.name, digest=queue.spec.digest, mode=lease.mode, statics=queue.statics,
-            blocks=_blocks(lease.pieces), scalars=_scalars(lease.pieces), attempt=lease.attempt,
+            blocks=blocks, scalars=_scalars(lease.pieces), attempt=lease.attempt,
             principal=first.session.principal if queue.spec.is_scoped else "", traceparent=first.traceparent,
+            is_unshared=worker.sharer is not None and not _is_readable(lease.pieces, worker),
+            predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
         )  # fmt: skip
-        self.state.send(BACK, lease.worker.route, assign)
+        self.state.send(BACK, worker.route, assign)
 
     def cancel(self, lease: Lease) -> None:
         """Tell the worker that nobody waits for this lease."""
@@ -231,20 +250,52 @@ class Workers:
 
     def _final(self, worker: WorkerSession, m: WorkerFinal, now: float) -> None:
         self._grant(worker, m.credit)
+        answers = self._adopt(worker, m.answers)
         lease = self._find(worker, m.lease)
         if lease is None:
             return
         worker.progress_at = now
         timings = {**m.timings, "batch_size": lease.num_rows, "bin": lease.batch.label, "worker": worker.name}
-        for answer in m.answers:
-            self._answer(lease, answer, timings, now)
+        for answer in answers:
+            if answer.error is not None and answer.error.code == Code.UNSHARED:
+                lease.is_unshared = True
+            else:
+                self._answer(lease, answer, timings, now)
             lease.num_answered += answer.stop - answer.start
         if lease.num_answered >= lease.num_rows:
             held = [p for p in lease.pieces if p.state == LEASED]
             self.state.ledger.close(lease)
             self.dispatch.completed(lease, m.timings, now)
-            if held:  # the worker counted some rows twice and left others out
+            if held and lease.is_unshared:
+                self._share_no_more(worker, held, lease.queue.spec, now)
+            elif held:  # the worker counted some rows twice and left others out
                 self._leave_out(held, lease.queue.spec, now)
+
+    def _adopt(self, worker: WorkerSession, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """Take what a worker answers in its memory on loan; what cannot be read there counts as not answered."""
+        if not any_shared([a.block for a in answers]):
+            return answers
+        adopted = list[Answer]()
+        for answer in answers:
+            if answer.block is not None:
+                try:
+                    self.state.sharing.adopt(worker, [answer.block], self.state.config)
+                except Unshared as e:
+                    answer = Answer(answer.start, answer.stop, error=Error(Code.UNSHARED, str(e)))
+            adopted.append(answer)
+        return adopted
+
+    def _share_no_more(self, worker: WorkerSession, pieces: list[Piece], spec: Spec, now: float) -> None:
+        """Worker and broker cannot read each other's memory after all: the rows go again, from now on in frames."""
+        if worker.sharer is not None:
+            worker.sharer.is_on = False
+        self.state.counters["workers_unshared"] += 1
+        if not spec.is_idempotent:
+            self._leave_out(pieces, spec, now)
+            return
+        for piece in pieces:
+            self.state.ledger.requeue(piece)
+        self.rebind(now)
 
     def _leave_out(self, pieces: list[Piece], spec: Spec, now: float) -> None:
         """A worker says that it is done with a lease, but these rows have no answer."""
@@ -255,6 +306,7 @@ class Workers:
             return
         for piece in pieces:
             piece.deaths += 1
+            self.state.journal.died(piece)
             piece.run.expected_s = None
             if piece.deaths < self.state.config.max_attempts:
                 self.state.ledger.requeue(piece)
@@ -283,6 +335,11 @@ class Workers:
         self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
 
     def _partial(self, worker: WorkerSession, m: WorkerPartial, now: float) -> None:
+        if any_shared([m.block]):
+            try:
+                self.state.sharing.adopt(worker, [m.block], self.state.config)
+            except Unshared:
+                return  # its final brings it once more
         lease = self._find(worker, m.lease)
         if lease is None or m.block.num_rows != 1:
             return
@@ -308,6 +365,7 @@ class Workers:
             return
         if is_suspect and is_alone and num_rows == 1:
             pieces[0].deaths += 1
+            self.state.journal.died(pieces[0])
             if pieces[0].deaths >= self.state.config.max_attempts:
                 text = f"{pieces[0].deaths} workers were lost while running this task alone"
                 self._end(pieces, DEAD, Error(Code.DEAD, text, detail=f"last: {reason}"), now)
@@ -334,6 +392,17 @@ class Workers:
             }
             for w in sorted(self.by_secret.values(), key=lambda w: w.name)
         ]  # fmt: skip
+
+
+def _is_readable(pieces: Sequence[Piece], worker: WorkerSession) -> bool:
+    """Whether everybody who waits for these rows can read this worker's memory."""
+    if worker.sharer is None or not worker.sharer.is_on:
+        return False
+    for piece in pieces:
+        session = piece.run.session
+        if session.sharer is None or not session.sharer.is_on or session.principal != worker.principal:
+            return False
+    return True
 
 
 def _blocks(pieces: Sequence[Piece]) -> list[Block]:

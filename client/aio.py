@@ -196,7 +196,7 @@ class AsyncClient(AsyncVerbs):
         session = Session(config, config.shown_name, os.urandom)
         own_key = find_key(config.key, found)
         line = AsyncLine(session, found.front, found.url, config.connect_timeout, config.linger_s, own_key)
-        super().__init__(line, Catalog(), config, Options(timeout=config.timeout))
+        super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
 
     async def close(self) -> None:
         """Cancel what is open and disconnect. May be called twice."""

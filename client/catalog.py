@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from penstock.client.errors import DeadlineExceeded, UnknownKernel
+from penstock.client.inputs import Place, nowhere
 from penstock.client.plan import Plan
 from penstock.client.run import Options, deadline_of
 
@@ -19,9 +20,10 @@ MAX_PAUSE_S: Final = 1.0
 
 
 class Catalog:
-    """Kernel name -> `Plan`, as of one version of the session's knowledge."""
+    """Kernel name -> `Plan`, as of one version of the session's knowledge. `place`: see `inputs.py`."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place = nowhere) -> None:
+        self._place = place
         self._plans: dict[str, Plan] = {}
         self._version = -1
         self.specs: dict[str, Mapping[str, Any]] = {}
@@ -40,7 +42,7 @@ class Catalog:
                 plans[name] = known
                 continue
             try:
-                plans[name] = Plan(name, spec)
+                plans[name] = Plan(name, spec, self._place)
             except (KeyError, TypeError, ValueError) as e:
                 log.warning("the spec of kernel %r cannot be read, is this client too old? %r", name, e)
         self.specs, self._plans, self._version = dict(specs), plans, version

@@ -245,7 +245,7 @@ class Client(Verbs):
         session = Session(config, config.shown_name, os.urandom)
         own_key = find_key(config.key, found)
         line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s, own_key)
-        super().__init__(line, Catalog(), config, Options(timeout=config.timeout))
+        super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
 
     def close(self) -> None:
         """Cancel what is open and disconnect. May be called twice."""

@@ -34,6 +34,9 @@ class ClientConfig:
     max_waiting: int = 65_536
     """Tasks that may wait in the client beyond the broker's window before `submit` blocks."""
     max_waiting_bytes: int = 256 << 20
+    shared_bytes: int = 256 << 20
+    """Memory that large arrays may take on their way to workers on this machine, beside the broker's limit; 0: all of them go
+    through the socket."""
     flush_s: float = 0.002
     """The longest that a task waits for others to share its message."""
     grace_s: float = 0.25
@@ -53,7 +56,7 @@ class ClientConfig:
         for name in ("connect_timeout", "max_run_bytes", "max_waiting", "max_waiting_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        for name in ("flush_s", "grace_s", "linger_s", "max_retries"):
+        for name in ("flush_s", "grace_s", "linger_s", "max_retries", "shared_bytes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}")
 

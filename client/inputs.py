@@ -19,20 +19,29 @@ import numpy as np
 
 from penstock.broker.columns import FRAMED_ROW_BYTES, MAX_RANK, Column
 from penstock.broker.protocol import MAX_STATICS_BYTES
-from penstock.client.arrays import NUMPY_DTYPES, describe, is_torch_tensor, to_array
+from penstock.broker.shared import SharedBytes
+from penstock.client.arrays import NUMPY_DTYPES, Array, describe, is_torch_tensor, to_array
 from penstock.client.errors import InvalidInput
 
 MAX_CACHED: Final = 1024
+Place = Callable[[Array], SharedBytes | None]
+"""Puts an array into memory that workers can read; None: it is not worth it, or there is no room."""
+
+
+def nowhere(array: Array) -> SharedBytes | None:
+    """Nothing is shared."""
+    return None
 
 
 class TensorInput:
     """A declared tensor: checks dtype and rank, and makes columns. `is_ragged`: rows may differ in dimension 0."""
 
-    __slots__ = ("_columns", "dtypes", "is_ragged", "name", "rank")
+    __slots__ = ("_columns", "_place", "dtypes", "is_ragged", "name", "rank")
     kind = "tensor"
 
-    def __init__(self, name: str, info: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, info: Mapping[str, Any], place: Place = nowhere) -> None:
         self.name = name
+        self._place = place
         dtypes = info.get("dtypes")
         self.dtypes: tuple[str, ...] | None = None if dtypes is None else tuple(dtypes)
         self.rank: int | None = info.get("rank")
@@ -40,18 +49,20 @@ class TensorInput:
         self._columns: dict[Any, Column] = {}
 
     def one(self, value: Any) -> tuple[Column, int, Any, int]:
-        """One task's array: column, its length if ragged, a private copy of its bytes, their number."""
+        """One task's array: column, its length if ragged, a copy of its bytes that is ours, their number."""
         if type(value) is np.ndarray:
             column = self._columns.get((value.dtype, value.shape))
             if column is not None:
-                return column, value.shape[0] if column.is_ragged else 0, value.tobytes(), value.nbytes
+                data = (column.is_framed and self._place(value)) or value.tobytes()
+                return column, value.shape[0] if column.is_ragged else 0, data, value.nbytes
         dtype, array = to_array(value, self.name, self.dtypes)
         column = self.column(dtype, array.shape, array.nbytes)
         if type(value) is np.ndarray and value.dtype == array.dtype and dtype in NUMPY_DTYPES:
             if len(self._columns) >= MAX_CACHED:
                 self._columns.clear()
             self._columns[value.dtype, value.shape] = column
-        return column, array.shape[0] if column.is_ragged else 0, array.tobytes(), array.nbytes
+        data = (column.is_framed and self._place(array)) or array.tobytes()
+        return column, array.shape[0] if column.is_ragged else 0, data, array.nbytes
 
     def column(self, dtype: str, shape: tuple[int, ...], row_bytes: int) -> Column:
         """The column for rows of this dtype and whole shape.
@@ -84,11 +95,12 @@ class TensorInput:
 class BlobInput:
     """A declared text or byte string."""
 
-    __slots__ = ("_framed", "_packed", "is_text", "name")
+    __slots__ = ("_framed", "_packed", "_place", "is_text", "name")
     kind = "blob"
 
-    def __init__(self, name: str, info: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, info: Mapping[str, Any], place: Place = nowhere) -> None:
         self.name = name
+        self._place = place
         self.is_text = info.get("kind") == "text"
         dtype = "str" if self.is_text else "bytes"
         self._packed = Column(name, dtype, (), True, False)
@@ -107,7 +119,9 @@ class BlobInput:
                 raise InvalidInput(f"{self.name!r} wants bytes, got {describe(value)}{self._hint(value)}")
             data = bytes(value)
         size = len(data)
-        return self._framed if size >= FRAMED_ROW_BYTES else self._packed, size, data, size
+        if size >= FRAMED_ROW_BYTES:
+            return self._framed, size, self._place(np.frombuffer(data, np.uint8)) or data, size
+        return self._packed, size, data, size
 
     def _hint(self, value: Any) -> str:
         return f"; for many tasks at once use map_rows(..., {self.name}=[...])" if isinstance(value, list | tuple) else ""
@@ -122,7 +136,7 @@ class RowInput:
     __slots__ = ("is_required", "maximum", "minimum", "name")
     kind = "row"
 
-    def __init__(self, name: str, info: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, info: Mapping[str, Any], place: Place = nowhere) -> None:
         self.name = name
         self.is_required = info.get("default") is None
         self.minimum: float | None = info.get("min")
@@ -149,7 +163,7 @@ class StaticInput:
     __slots__ = ("is_required", "name")
     kind = "static"
 
-    def __init__(self, name: str, info: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, info: Mapping[str, Any], place: Place = nowhere) -> None:
         self.name = name
         self.is_required = bool(info.get("required"))
 
@@ -166,7 +180,7 @@ class StaticInput:
 
 
 Input = TensorInput | BlobInput | RowInput | StaticInput
-KINDS: Final[dict[str, Callable[[str, Mapping[str, Any]], Input]]] = {
+KINDS: Final[dict[str, Callable[[str, Mapping[str, Any], Place], Input]]] = {
     "tensor": TensorInput, "blob": BlobInput, "row": RowInput, "static": StaticInput,
 }  # fmt: skip
 

@@ -12,18 +12,30 @@ import numpy as np
 from penstock.broker.columns import Column
 from penstock.client.arrays import WIRE_DTYPES, Array, is_torch_tensor
 from penstock.client.errors import InvalidInput
-from penstock.client.inputs import KINDS, MAX_CACHED, BlobInput, Input, RowInput, StaticInput, TensorInput, pack_statics
+from penstock.client.inputs import (
+    KINDS,
+    MAX_CACHED,
+    BlobInput,
+    Input,
+    Place,
+    RowInput,
+    StaticInput,
+    TensorInput,
+    nowhere,
+    pack_statics,
+)
 from penstock.client.run import Row, Shape
 
 _NO_LENGTHS: Final = (None,)
 
 
 class Plan:
-    """How the arguments of one kernel become rows, compiled from the spec it offers."""
+    """How the arguments of one kernel become rows, compiled from the spec it offers. `place` is where large ones may go."""
 
-    def __init__(self, kernel: str, spec: Mapping[str, Any]) -> None:
+    def __init__(self, kernel: str, spec: Mapping[str, Any], place: Place = nowhere) -> None:
         self.kernel = kernel
-        self.inputs: dict[str, Input] = {name: KINDS[kind](name, info) for name, kind, info in spec["inputs"]}
+        self.place = place
+        self.inputs: dict[str, Input] = {name: KINDS[kind](name, info, place) for name, kind, info in spec["inputs"]}
         self.can_stream = "stream" in spec.get("modes", ())
         self.payload = [i for i in self.inputs.values() if isinstance(i, TensorInput | BlobInput)]
         self.rows = [i for i in self.inputs.values() if isinstance(i, RowInput)]
@@ -89,8 +101,8 @@ class Plan:
         return row
 
     def _remember(self, value: Array, shape: Shape) -> None:
-        """The next array of this dtype and shape, given to the only argument, takes a short way."""
-        if value.dtype in WIRE_DTYPES and type(value) is np.ndarray:
+        """The next array of this dtype and shape, given to the only argument, takes a short way, unless it is large."""
+        if value.dtype in WIRE_DTYPES and type(value) is np.ndarray and not shape.columns[0].is_framed:
             if len(self._arrays) >= MAX_CACHED:
                 self._arrays.clear()
             self._arrays[value.dtype, value.shape] = shape

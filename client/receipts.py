@@ -25,10 +25,10 @@ class Receipts:
         """A new session on the broker's side: it counts from 1 again."""
         self.received = self._acked = self._unacked_bytes = self._gap_at = 0
 
-    def note(self, seq: int, frames: Sequence[Buffer]) -> None:
-        """This message is acted upon."""
+    def note(self, seq: int, frames: Sequence[Buffer], is_shared: bool) -> None:
+        """This message is acted upon; `is_shared`: some of it lay in memory that its owner waits for."""
         self.received = seq
-        self._unacked_bytes += sum(map(len, frames))
+        self._unacked_bytes += ACK_BYTES if is_shared else sum(map(len, frames))
 
     def is_first_gap(self) -> bool:
         """Something is missing after `received`: whether that is news. What stays missing is not asked for twice."""

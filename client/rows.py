@@ -12,18 +12,21 @@ import numpy as np
 from penstock.broker.columns import Column, Lengths
 from penstock.client.arrays import Array, is_torch_tensor
 from penstock.client.errors import InvalidInput
-from penstock.client.inputs import Payload, RowInput, TensorInput
+from penstock.client.inputs import Payload, Place, RowInput, TensorInput
 from penstock.client.plan import Plan
 from penstock.client.run import Row, Shape
 
 
 class _ArraySource:
-    """A payload input whose rows lie in one array: sliced, never copied."""
+    """A payload input whose rows lie in one array: sliced, and copied only into shared memory."""
 
-    def __init__(self, column: Column, lengths: list[int] | None, array: Array, num_rows: int, row_bytes: int) -> None:
+    def __init__(
+        self, place: Place, column: Column, lengths: list[int] | None, array: Array, num_rows: int, row_bytes: int
+    ) -> None:
         self.num_rows = num_rows
+        self._place = place
         self._column, self._lengths, self._row_bytes = column, lengths, row_bytes
-        self._data = array.reshape(-1).view(np.uint8).data
+        self._data = array.reshape(-1).view(np.uint8)
 
     def column(self, row: int) -> Column:
         return self._column
@@ -35,8 +38,9 @@ class _ArraySource:
         size = self._row_bytes
         lengths = None if self._lengths is None else self._lengths[start:stop]
         if self._column.is_framed:
-            return lengths, [self._data[i * size : (i + 1) * size] for i in range(start, stop)]
-        return lengths, [self._data[start * size : stop * size]]
+            rows = [self._data[i * size : (i + 1) * size] for i in range(start, stop)]
+            return lengths, [self._place(row) or row.data for row in rows]
+        return lengths, [self._data[start * size : stop * size].data]
 
 
 class _ListSource:
@@ -70,7 +74,7 @@ class RowsInput:
     def __init__(self, plan: Plan, arguments: Mapping[str, Any]) -> None:
         plan.check_names(arguments)
         self._plan = plan
-        self._sources = [_source(declared, arguments[declared.name]) for declared in plan.payload]
+        self._sources = [_source(declared, arguments[declared.name], plan.place) for declared in plan.payload]
         self.is_torch = any(is_torch_tensor(arguments[declared.name]) for declared in plan.payload)
         counts = {d.name: s.num_rows for d, s in zip(plan.payload, self._sources, strict=True)}
         given = [declared for declared in plan.rows if declared.name in arguments]
@@ -115,11 +119,11 @@ class RowsInput:
         return stop, nbytes
 
 
-def _source(declared: Payload, value: Any) -> _Source:
+def _source(declared: Payload, value: Any, place: Place) -> _Source:
     if isinstance(declared, TensorInput):
         many = declared.many(value)
         if many is not None:
-            return _ArraySource(*many)
+            return _ArraySource(place, *many)
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         raise InvalidInput(f"{declared.name!r}: map_rows wants an array or a list with one value per task")
     return _ListSource([declared.one(v) for v in value])

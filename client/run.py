@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from penstock.broker.columns import Block, Buffer, Column, Layout, Lengths, pack
+from penstock.broker.columns import Block, Column, Layout, Lengths, Stored, pack
 from penstock.broker.protocol import DEFAULT_PRIORITY, Error, Outcome, Submit
 
 PENDING: Final = 0
@@ -60,7 +60,7 @@ class Row:
     """
 
     shape: Shape
-    buffers: Sequence[Sequence[Buffer]]
+    buffers: Sequence[Sequence[Stored]]
     lengths: Sequence[Lengths]
     scalars: Sequence[Sequence[float]]
     nbytes: int

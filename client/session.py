@@ -10,11 +10,15 @@ anything that they do to it they send what `take` gives while the socket can sen
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any, Final, TypeVar
 
 from penstock.broker import protocol
-from penstock.broker.columns import Buffer
+from penstock.broker.columns import Buffer, any_shared
+from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Code, Error
+from penstock.broker.segments import SegmentError
+from penstock.broker.shared import DescriptorError
 from penstock.broker.wire import Message, ProtocolError, VersionError, decode, encode
 from penstock.client.config import ClientConfig
 from penstock.client.connection import ENDED, GREETING, NEW, READY, Connection
@@ -25,6 +29,7 @@ from penstock.client.run import CLOSED, SENT, Options, Row, Run, submit_message
 from penstock.client.submissions import Submissions
 
 log = logging.getLogger("penstock.client")
+Numbered = TypeVar("Numbered", protocol.Results, protocol.Partial)
 
 
 class Session:
@@ -36,6 +41,7 @@ class Session:
 
     def __init__(self, config: ClientConfig, name: str, draw: Callable[[int], bytes]) -> None:
         self.connection = Connection(name, draw)
+        self.memory = PeerMemory(config.shared_bytes)
         self.submissions = Submissions(config, draw, self._fault)
         self.backlog, self.news = self.submissions.backlog, self.submissions.news
         self._in_flight = self.submissions.flight.runs
@@ -132,6 +138,8 @@ class Session:
                 run = self._in_flight[message.id]
                 self.submissions.take_back(run, Error(Code.INVALID, f"it cannot travel: {e}"))
             else:
+                if type(message) is protocol.Submit and message.block.layout.num_framed:
+                    self.memory.lend([message.block])
                 self.connection.last_sent = now
                 return frames
         return None
@@ -144,10 +152,14 @@ class Session:
             return self._outbox.popleft()
         if connection.state != READY:
             return None
+        if self.memory.must_tell:
+            return self.memory.share()
         if self.backlog.waiting:
             run = self.submissions.next_to_send(now)
             if run is not None:
                 self._repeat_cancels(run)
+                if run.shape.layout.num_framed and run.block is not None:
+                    run.block = self.memory.lendable(run.block)
                 return submit_message(run, self._receipts.ack(), now)
         return protocol.Ack(seq=self._receipts.ack()) if self._receipts.must_ack else None
 
@@ -179,6 +191,7 @@ class Session:
         self.submissions.expire(now)
         if self.connection.tick(self.is_busy, self.can_send, now):
             self._outbox.append(protocol.Heartbeat(ack=self._receipts.ack()))
+            self.memory.tick(now)
 
     def next_deadline(self) -> float:
         """When `tick` has something to do by the clock; infinity if never."""
@@ -193,12 +206,24 @@ class Session:
 
     # --- what the broker says --------------------------------------------------------------------------------------
 
-    def _is_new(self, seq: int, frames: Sequence[Buffer], now: float) -> bool:
-        """Whether a numbered message is to be acted upon; it then counts as received."""
-        if seq != self._receipts.received + 1 and not self._may_skip_to(seq, now):
-            return False
-        self._receipts.note(seq, frames)
-        return True
+    def _take_new(self, m: Numbered, frames: Sequence[Buffer], now: float) -> Numbered | None:
+        """A numbered message if it is to be acted upon, with all bytes our own; it then counts as received."""
+        if m.seq != self._receipts.received + 1 and not self._may_skip_to(m.seq, now):
+            return None
+        is_shared = any_shared([o.block for o in m.outcomes])
+        if is_shared:
+            try:
+                m = self._taken_out(m)
+            except (SegmentError, DescriptorError) as e:
+                self.memory.turn_off(str(e))
+                self._greet(now)  # it comes once more, in frames
+                return None
+        self._receipts.note(m.seq, frames, is_shared)
+        return m
+
+    def _taken_out(self, m: Numbered) -> Numbered:
+        outcomes = [o if o.block is None else replace(o, block=self.memory.take_out(o.block)) for o in m.outcomes]
+        return replace(m, outcomes=outcomes)
 
     def _may_skip_to(self, seq: int, now: float) -> bool:
         """After a gap the broker is asked to send again, once."""
@@ -212,12 +237,15 @@ class Session:
         return True
 
     def _on_results(self, m: protocol.Results, frames: Sequence[Buffer], now: float) -> None:
-        if self._is_new(m.seq, frames, now):
-            self.submissions.take_results(m)
+        if (taken := self._take_new(m, frames, now)) is not None:
+            self.submissions.take_results(taken)
 
     def _on_partial(self, m: protocol.Partial, frames: Sequence[Buffer], now: float) -> None:
-        if self._is_new(m.seq, frames, now):
-            self.submissions.take_partials(m)
+        if (taken := self._take_new(m, frames, now)) is not None:
+            self.submissions.take_partials(taken)
+
+    def _on_release(self, m: protocol.Release, frames: Sequence[Buffer], now: float) -> None:
+        self.memory.release(m)
 
     def _on_welcome(self, m: protocol.Welcome, frames: Sequence[Buffer], now: float) -> None:
         connection = self.connection
@@ -231,6 +259,9 @@ class Session:
             self._receipts.restart()
         for run in self.submissions.welcome(m, is_new_epoch):
             self._repeat_cancels(run)
+        self.memory.welcome(m.shared)
+        if self.memory.is_on:
+            self._outbox.append(self.memory.share())
         self._outbox.extend(self._questions.messages())
 
     def _on_accepted(self, m: protocol.Accepted, frames: Sequence[Buffer], now: float) -> None:
@@ -239,6 +270,8 @@ class Session:
     def _on_refused(self, m: protocol.Refused, frames: Sequence[Buffer], now: float) -> None:
         if m.error.code in (Code.INVALID, Code.UNKNOWN_KERNEL):
             self.specs_version += 1
+        if m.error.code == Code.UNSHARED:
+            self.memory.turn_off(m.error.message)
         self.submissions.refused(m, now)
 
     def _on_reply(self, m: protocol.Reply, frames: Sequence[Buffer], now: float) -> None:
@@ -296,6 +329,7 @@ class Session:
         final_error = Error(reason.code, reason.message)
         self._questions.end(error or final_error)
         self.submissions.end(error or final_error, final_error)
+        self.memory.close()
 
     def check(self) -> None:
         """Assert what must hold between any two events; tests call it after every one."""
@@ -311,6 +345,7 @@ _HANDLERS: Final[dict[type[Message], Any]] = {
     protocol.Accepted: Session._on_accepted,
     protocol.Refused: Session._on_refused,
     protocol.Partial: Session._on_partial,
+    protocol.Release: Session._on_release,
     protocol.Reply: Session._on_reply,
     protocol.Fault: Session._on_fault,
     protocol.Heartbeat: Session._on_heartbeat,

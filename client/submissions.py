@@ -199,6 +199,10 @@ class Submissions:
             self.backlog.flush()
 
     def _refused(self, run: Run, error: Error, now: float) -> None:
+        if error.code == Code.UNSHARED and run.block is not None and run.block.has_shared:
+            run.block = run.block.copied()
+            self._come_back(run)
+            return
         if error.code == Code.OVERLOADED and self.credit.can_cover(run.num_rows, run.nbytes):
             next_step = self._retries.refused(run, error, now)
             if isinstance(next_step, Rest):

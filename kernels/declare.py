@@ -28,11 +28,13 @@ def kernel(
     scoped: bool = False,
     version: str = "1",
     doc: str | None = None,
+    hang_limit_s: float | None = None,
 ) -> Callable[[_Decorated], _Decorated]:
     """Declares a function or a class as the kernel `name`; the fields are those of `KernelSpec`.
 
     A function is called with a batch, by keyword. A class is constructed with its options and has `__call__` for
-    batches, or `open` and `step` for streaming, or all three; `load(device)` and `unload()` if it has state.
+    batches, or `open` and `step` for streaming, or all three; `load(device)` and `unload()` if it has state; `trim()` if it
+    has caches that it can give back when memory is short, and returns their bytes.
     `inputs` overrides what the signature says (`signature.py` has the rules). Raises SpecError at once if the
     declaration is wrong; a cost function is called here, and nowhere else, and only a warning tells of one that fails.
     """
@@ -59,6 +61,7 @@ def kernel(
             resident=is_resident,
             version=version,
             doc=(inspect.getdoc(target) or "") if doc is None else doc,
+            hang_limit_s=hang_limit_s,
         )
         if "stream" in modes:
             _check_open(spec, target.open)  # type: ignore[attr-defined]

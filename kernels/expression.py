@@ -180,12 +180,22 @@ def _compute(node: ast.expr, columns: Columns, like: torch.Tensor) -> torch.Tens
     def value(part: ast.expr) -> torch.Tensor:
         return _compute(part, columns, like)
 
+    def number(part: ast.Constant) -> float:
+        """As the dtype has it: 1e300 is infinite in float32."""
+        return float(torch.tensor(float(part.value), dtype=like.dtype))  # type: ignore[arg-type]
+
+    def second(part: ast.expr) -> torch.Tensor | float:
+        """A second operand, which may be a plain number: that is one kernel less and faster."""
+        return number(part) if isinstance(part, ast.Constant) else value(part)
+
     match node:
-        case ast.Constant(value=int() | float() as number):
-            return torch.tensor(float(number), dtype=like.dtype, device=like.device)
+        case ast.Constant():
+            return torch.full((), number(node), dtype=like.dtype, device=like.device)  # a copy would wait for the device
         case ast.Name(id=name):
             return columns[name]
-        case ast.BinOp(left=left, op=operator, right=right):
+        case ast.BinOp(left=left, op=(ast.Add() | ast.Sub() | ast.Mult()) as operator, right=right):
+            return _ARITHMETIC[type(operator)](value(left), second(right))
+        case ast.BinOp(left=left, op=operator, right=right):  # by a number, quotients and powers take shortcuts
             return _ARITHMETIC[type(operator)](value(left), value(right))
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return torch.logical_not(value(operand))
@@ -197,11 +207,13 @@ def _compute(node: ast.expr, columns: Columns, like: torch.Tensor) -> torch.Tens
                 result = _LOGIC[type(operator)](result, value(other))
             return result
         case ast.Compare(left=left, ops=operators, comparators=others):
-            values = [value(left), *map(value, others)]
+            values = [value(left), *map(value if len(others) > 1 else second, others)]
             result = _COMPARISONS[type(operators[0])](values[0], values[1])
             for comparison, low, high in zip(operators[1:], values[1:], values[2:], strict=False):
                 result = torch.logical_and(result, _COMPARISONS[type(comparison)](low, high))
             return result
+        case ast.Call(func=ast.Name(id="where"), args=[condition, one, ast.Constant() as other]):
+            return torch.where(value(condition), value(one), second(other))
         case ast.Call(func=ast.Name(id=name), args=arguments):
             return _FUNCTIONS[name][0](*map(value, arguments))
     raise AssertionError(f"unchecked node {type(node).__name__}")

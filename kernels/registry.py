@@ -22,14 +22,26 @@ GROUP = "penstock.kernels"
 
 _BUILTIN = {
     "aggregate": "penstock.kernels.aggregate:aggregate",
+    "attention": "penstock.kernels.attention:attention",
+    "attention_varlen": "penstock.kernels.attention.tasks:attention_varlen_tasks",
     "corpus": "penstock.kernels.corpus:Corpus",
     "embed": "penstock.kernels.embed:Embed",
     "filter": "penstock.kernels.filter:filter_rows",
+    "linear": "penstock.kernels.linear:LinearLayer",
     "matmul": "penstock.kernels.matmul:matmul",
+    "moe": "penstock.kernels.moe:MoELayer",
+    "paged_decode": "penstock.kernels.attention.tasks:paged_decode_tasks",
+    "quantized_linear": "penstock.kernels.quantized:QuantizedLinear",
+    "sample": "penstock.kernels.sampling:sample_rows",
     "search": "penstock.kernels.search:Search",
+    "selective_scan": "penstock.kernels.scan.tasks:selective_scan",
     "sha256": "penstock.kernels.sha256:sha256",
+    "simulate": "penstock.kernels.simulate:Simulate",
     "sleep": "penstock.kernels.sleep:Sleep",
     "softmax": "penstock.kernels.softmax:softmax",
+    "speculative_verify": "penstock.kernels.sampling:verify_rows",
+    "ssd": "penstock.kernels.scan.tasks:ssd",
+    "token_transform": "penstock.kernels.tokens:TokenTransform",
     "transform": "penstock.kernels.transform:transform",
 }
 

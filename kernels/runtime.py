@@ -76,6 +76,12 @@ class Kernel:
             self._target.unload()
             self._is_loaded = False
 
+    def trim(self) -> int:
+        """Gives back the caches that it can do without, by the class's own `trim()`; the bytes, 0 where it has none."""
+        if not self._is_loaded or not hasattr(self._target, "trim"):
+            return 0
+        return int(self._target.trim() or 0)
+
     @property
     def can_unload(self) -> bool:
         """True if it has state that can be given back."""

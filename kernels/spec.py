@@ -68,7 +68,8 @@ class KernelSpec:
     `inputs`: (name, kind) in the order of the function's parameters. `modes`: "batch" if it can be called, "stream" if
     it has `open` and `step`. `combine`: a batch takes the maximum or the sum of its tasks' costs. `scoped`: the
     principal is part of the batch key. `resident`: it has state to load first. `options`: what its constructor was
-    given; part of the digest, because workers with different options must not share a batch key.
+    given; part of the digest, because workers with different options must not share a batch key. `hang_limit_s`: a run or
+    a step is not taken for hung before it has lasted so long; None = as the worker's settings and its measured times say.
     """
 
     name: str
@@ -84,6 +85,7 @@ class KernelSpec:
     version: str = "1"
     doc: str = ""
     options: Mapping[str, StaticValue] = field(default_factory=dict)
+    hang_limit_s: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -105,6 +107,8 @@ class KernelSpec:
             limit is None or (_is_finite(limit) and limit > 0),
             f"max_batch_cost_ms must be None or above 0; got {limit!r}",
         )
+        hang = self.hang_limit_s
+        self._require(hang is None or (_is_finite(hang) and hang > 0), f"hang_limit_s must be None or above 0; got {hang!r}")
         self._require(
             isinstance(self.version, str) and 0 < len(self.version) <= 64,
             f"version must be a string of 1 to 64 characters; got {self.version!r}",

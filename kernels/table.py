@@ -47,6 +47,22 @@ def sizes_of(offsets: torch.Tensor) -> list[int]:
     return [int(size) for size in offsets.diff().tolist()]
 
 
+def true_rows(mask: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The rows where `mask` `[total]` is true, and how many of them each task has, as a tensor `[batch]` and on the host.
+
+    `offsets`: int64 `[batch + 1]`, beside the mask. Waits for a device once, because the shape of what follows depends on it.
+    """
+    if mask.device.type == "cpu":
+        rows = mask.nonzero().squeeze(1)
+        sizes = torch.searchsorted(rows, offsets).diff()
+        return rows, sizes, sizes.tolist()
+    so_far = mask.cumsum(0)
+    sizes = torch.nn.functional.pad(so_far, (1, 0))[offsets].diff()
+    counts: list[int] = sizes.tolist()
+    rows = torch.searchsorted(so_far, torch.arange(1, sum(counts) + 1, device=mask.device))
+    return rows, sizes, counts
+
+
 def split_rows(rows: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     """`rows` `[total, ...]` as views of `sizes` rows, one per task."""
     return list(torch.split_with_sizes(rows, list(sizes)))

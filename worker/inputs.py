@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from penstock.broker.columns import Block, gather, view
+from penstock.broker.columns import Block, Stored, gather, view
 from penstock.kernels import Blob, InvalidInput, Kernel, KernelSpec, Row, Static, Tensor
 from penstock.kernels.inputs import StaticValue, as_static
+from penstock.worker import pinned
 
 DTYPES = {
     "bool": torch.bool, "uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16, "int32": torch.int32,
@@ -21,6 +23,7 @@ DTYPES = {
     "float64": torch.float64,
 }  # fmt: skip
 MAX_CACHED_STATICS = 256
+LARGE_BYTES = 1 << 20
 _VIEWED = frozenset(DTYPES) - {"bool"}  # any byte may come for a bool, and has to become 0 or 1
 
 Inputs = dict[str, Any]
@@ -44,6 +47,7 @@ class Plan:
     def __init__(self, kernel: Kernel, device: torch.device) -> None:
         spec: KernelSpec = kernel.spec
         self.kernel = kernel
+        self._device = device
         self.name = spec.name
         self.digest = spec.to_wire()["digest"]
         self.is_idempotent = spec.idempotent
@@ -91,7 +95,8 @@ class Plan:
         return values
 
     def batch(self, blocks: Sequence[Block], scalars: Scalars) -> Inputs:
-        """The batched inputs on the CPU, all but the statics. Raises InvalidInput."""
+        """The batched inputs on the CPU, all but the statics; tensors that lie in pinned shared memory are copied to the device
+        at once. Raises InvalidInput."""
         if self._is_plain and len(blocks) == 1 and blocks[0].layout.is_plain:
             block, column = blocks[0], blocks[0].columns[0]
             buffer = view(block.frames[0])
@@ -104,11 +109,11 @@ class Plan:
         for name, tensor in self._tensors:
             pieces = self._pieces(blocks, name)
             if tensor.ragged == "exact":
-                inputs[name] = _stack(self.name, name, pieces, num_rows)
+                inputs[name] = _stack(self.name, name, pieces, num_rows, self._device)
             elif tensor.ragged == "pad":
-                inputs[name], inputs[f"{name}_lengths"] = _pad(self.name, name, pieces, tensor.pad_value)
+                inputs[name], inputs[f"{name}_lengths"] = _pad(self.name, name, pieces, tensor.pad_value, self._device)
             else:
-                inputs[name], inputs[f"{name}_offsets"] = _pack(self.name, name, pieces)
+                inputs[name], inputs[f"{name}_offsets"] = _pack(self.name, name, pieces, self._device)
         for name, blob in self._blobs:
             inputs[name] = _blobs(self.name, name, self._pieces(blocks, name), blob.kind)
         for name, row in self._rows:
@@ -169,7 +174,14 @@ def _views(pieces: Pieces) -> list[Any]:
     return views
 
 
-def _flat(kernel: str, name: str, pieces: Pieces) -> torch.Tensor:
+def _frames(pieces: Pieces) -> list[Stored]:
+    """Those of a framed column's rows, in order; none if a block has them packed."""
+    if not all(block.columns[index].is_framed for block, index in pieces):
+        return []
+    return [b.frames[b.frame_index(i, row)] for b, i in pieces for row in range(b.num_rows)]
+
+
+def _flat(kernel: str, name: str, pieces: Pieces, device: torch.device) -> torch.Tensor:
     """All elements of a column, one after another; over the received bytes if they are in one place and aligned."""
     block, index = pieces[0]
     dtype_name = block.columns[index].dtype
@@ -178,8 +190,11 @@ def _flat(kernel: str, name: str, pieces: Pieces) -> torch.Tensor:
     dtype = DTYPES.get(dtype_name)
     if dtype is None:
         raise InvalidInput(f"{kernel}: {name!r} must be an array, not {dtype_name}")
+    if device.type == "cuda" and (frames := _frames(pieces)) and pinned.are_pinned(frames):
+        on_device = pinned.gather(frames, device)
+        return on_device.ne(0) if dtype is torch.bool else on_device.view(dtype)
     views = _views(pieces)
-    buffer = views[0] if len(views) == 1 and not views[0].readonly else bytearray().join(views)
+    buffer = views[0] if len(views) == 1 and not views[0].readonly else _join(views)
     if not len(buffer):
         return torch.empty(0, dtype=dtype)
     if dtype is torch.bool:
@@ -188,20 +203,33 @@ def _flat(kernel: str, name: str, pieces: Pieces) -> torch.Tensor:
     return flat.clone() if flat.data_ptr() % dtype.itemsize else flat
 
 
-def _stack(kernel: str, name: str, pieces: Pieces, num_rows: int) -> torch.Tensor:
+def _join(views: list[Any]) -> Any:
+    """All bytes in one place of our own: whatever lies in shared memory may change, and is looked at no more after this."""
+    num_bytes = sum(map(len, views))
+    if num_bytes < LARGE_BYTES:
+        return bytearray().join(views)
+    whole = np.empty(num_bytes, np.uint8)  # in large pages, and copied without the interpreter's lock
+    start = 0
+    for data in views:
+        whole[start : start + len(data)] = np.frombuffer(data, np.uint8)
+        start += len(data)
+    return whole.data
+
+
+def _stack(kernel: str, name: str, pieces: Pieces, num_rows: int, device: torch.device) -> torch.Tensor:
     """[batch, ...] of rows that are equal in shape."""
     if len(pieces) == 1 and pieces[0][0].lengths[pieces[0][1]] is None:
-        return _flat(kernel, name, pieces).view(num_rows, *pieces[0][0].columns[pieces[0][1]].shape)
+        return _flat(kernel, name, pieces, device).view(num_rows, *pieces[0][0].columns[pieces[0][1]].shape)
     shapes = set()
     for block, index in pieces:
         shape, lengths = block.columns[index].shape, block.lengths[index]
         shapes |= {shape} if lengths is None else {(n, *shape) for n in set(lengths)}
     if len(shapes) != 1:
         raise InvalidInput(f"{kernel}: the rows of {name!r} differ in shape within a batch")
-    return _flat(kernel, name, pieces).view(num_rows, *shapes.pop())
+    return _flat(kernel, name, pieces, device).view(num_rows, *shapes.pop())
 
 
-def _ragged(kernel: str, name: str, pieces: Pieces) -> tuple[torch.Tensor, list[int]]:
+def _ragged(kernel: str, name: str, pieces: Pieces, device: torch.device) -> tuple[torch.Tensor, list[int]]:
     """All steps of dimension 0 one after another, `[total, ...]`, and how many each row has."""
     lengths, rests = list[int](), set()
     for block, index in pieces:
@@ -212,12 +240,14 @@ def _ragged(kernel: str, name: str, pieces: Pieces) -> tuple[torch.Tensor, list[
         rests.add(shape[1:] if given is None else shape)
     if len(rests) != 1:
         raise InvalidInput(f"{kernel}: the rows of {name!r} differ in more than dimension 0")
-    return _flat(kernel, name, pieces).view(sum(lengths), *rests.pop()), lengths
+    return _flat(kernel, name, pieces, device).view(sum(lengths), *rests.pop()), lengths
 
 
-def _pad(kernel: str, name: str, pieces: Pieces, pad_value: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(
+    kernel: str, name: str, pieces: Pieces, pad_value: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[batch, longest, ...] and the lengths, int64 [batch]."""
-    flat, lengths = _ragged(kernel, name, pieces)
+    flat, lengths = _ragged(kernel, name, pieces, device)
     if len(set(lengths)) == 1:
         padded = flat.view(len(lengths), lengths[0], *flat.shape[1:])
     else:
@@ -225,9 +255,9 @@ def _pad(kernel: str, name: str, pieces: Pieces, pad_value: float) -> tuple[torc
     return padded, torch.tensor(lengths)
 
 
-def _pack(kernel: str, name: str, pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
+def _pack(kernel: str, name: str, pieces: Pieces, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """[total, ...] and the rows' bounds, int64 [batch + 1]."""
-    flat, lengths = _ragged(kernel, name, pieces)
+    flat, lengths = _ragged(kernel, name, pieces, device)
     return flat, torch.tensor([0, *lengths]).cumsum(0)
 
 

@@ -31,6 +31,10 @@ AHEAD_MS = 2.0
 SMOOTHING = 0.2
 
 
+Encoded = tuple[list[Buffer], Sequence[Answer]]
+"""The frames of a message, and the answers in it."""
+
+
 class LinkError(Exception):
     """A move that the table does not allow."""
 
@@ -42,9 +46,16 @@ class Credit:
     forms it only just before it is needed, as far as it can tell: so batches of more than half a second, which gain
     nothing, are not taken ahead at all; another worker may be free sooner. Times are averaged by their logarithms: they
     differ by decades between bins and kernels, and one batch of a second must not hold up the next ten of a few ms.
+
+    Attributes:
+        num_slots: batches that the device works on at once: copied in, computed, copied out.
+        is_pressed: memory is short: nothing is taken ahead.
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self.num_slots = 1
+        self.is_pressed = False
+        self._most = MAX_WINDOW
         self._max_bytes = max_bytes
         self._log_ms: float | None = None
         self._num_answered = 0
@@ -55,8 +66,13 @@ class Credit:
         """A `ready` follows: the broker counts from the batches that it lists."""
         self._num_answered = self._bytes_answered = self._granted = 0
 
+    def begin_slowly(self) -> None:
+        """After a fault: one batch at first, twice as many after each."""
+        self._most = 1
+
     def measure(self, took_ms: float) -> None:
         """A batch took so long, loading aside."""
+        self._most = min(2 * self._most, MAX_WINDOW)
         log_ms = math.log(max(took_ms, 1e-3))
         self._log_ms = log_ms if self._log_ms is None else self._log_ms + SMOOTHING * (log_ms - self._log_ms)
 
@@ -67,13 +83,16 @@ class Credit:
 
     @property
     def window(self) -> int:
-        """Batches in flight, 1 to 4."""
+        """Batches in flight, 1 to 4 on a device that works on one at a time."""
+        if self.is_pressed:
+            return 1
+        more = self.num_slots - 1 if self._most >= MAX_WINDOW else 0
         if self._log_ms is None:
-            return FIRST_WINDOW
+            return more + min(FIRST_WINDOW, self._most)
         typical_ms = math.exp(self._log_ms)
         if typical_ms > SLOW_MS:
             return 1
-        return min(MAX_WINDOW, 1 + math.ceil(AHEAD_MS / typical_ms))
+        return more + min(self._most, 1 + math.ceil(AHEAD_MS / typical_ms))
 
     def total(self, num_more: int = 0, more_bytes: int = 0) -> tuple[int, int]:
         """The cumulative [batches, bytes] that may be assigned, once so many more are answered.
@@ -95,11 +114,12 @@ class Final:
 
 @dataclass(slots=True)
 class Held:
-    """A lease whose answer has not left. `num_bytes` is what it takes of the credit."""
+    """A lease whose answer has not left. `num_bytes` is what it takes of the credit; `is_unshared`: it goes in frames."""
 
     is_stream: bool
     num_rows: int
     num_bytes: int
+    is_unshared: bool = False
 
 
 class Link:
@@ -158,11 +178,11 @@ class Link:
             return False
         num_rows = sum(block.num_rows for block in assign.blocks)
         num_bytes = sum(block.nbytes for block in assign.blocks)
-        self.held[assign.lease] = Held(assign.mode == "stream", num_rows, num_bytes)
+        self.held[assign.lease] = Held(assign.mode == "stream", num_rows, num_bytes, assign.is_unshared)
         return True
 
-    def encode(self, final: Final) -> list[list[Buffer]]:
-        """The frames of the messages that answer a lease; the last one carries new credit.
+    def encode(self, final: Final) -> list[Encoded]:
+        """The messages that answer a lease; the last one carries new credit.
 
         Nothing, if the lease has been forgotten meanwhile.
         """
@@ -181,10 +201,10 @@ class Link:
 
 def encode_answers(
     lease: int, answers: Sequence[Answer], timings: Mapping[str, Any], credit: tuple[int, int]
-) -> list[list[Buffer]]:
+) -> list[Encoded]:
     """The answers as `final` messages: one, or as many as the limit on headers asks for."""
     try:
-        return [encode(WorkerFinal(lease=lease, answers=answers, timings=timings, credit=credit))]
+        return [(encode(WorkerFinal(lease=lease, answers=answers, timings=timings, credit=credit)), answers)]
     except ProtocolError:
         first, second = _halves(answers)
     return encode_answers(lease, first, timings, (0, 0)) + encode_answers(lease, second, timings, credit)

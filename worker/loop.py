@@ -7,9 +7,10 @@ Knows when to receive, run, send, wait and end; what messages mean is `link.py`'
 import gc
 import logging
 import select
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,16 @@ import zmq
 
 from penstock.broker import protocol
 from penstock.broker.address import Address
+from penstock.broker.columns import Buffer
 from penstock.broker.keys import OwnKey
-from penstock.broker.protocol import Assign, CancelLease, Code, Error, Fault, Welcome
+from penstock.broker.peer_memory import PeerMemory
+from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
+from penstock.broker.segments import Segment
 from penstock.broker.wire import Message, ProtocolError, decode, encode
-from penstock.worker.config import StartError, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, REFUSED_STATUS, DeviceFault, StartError, WorkerConfig
 from penstock.worker.heartbeat import Heart
 from penstock.worker.link import ATTACHED, AWAY, GREETED, WELCOME, Final, Link
+from penstock.worker.pressure import Pressure
 from penstock.worker.transport import (
     POLLIN,
     POLLOUT,
@@ -36,6 +41,7 @@ from penstock.worker.transport import (
     receive,
     send,
 )
+from penstock.worker.watch import Watch
 
 if TYPE_CHECKING:
     from penstock.worker.work import Outgoing, Work
@@ -45,27 +51,49 @@ HELLO_AGAIN_S = 2.0
 FIRST_WELCOME_S = 1.0
 DRAIN_LIMIT_S = 2.0
 MAX_MESSAGES_PER_TURN = 64
+MAX_REASON = 1000
 MAX_OUTBOX = 256
 """Streams pause while so many messages wait for the broker; answers to batches are bounded by the credit."""
-DEVICE_FAULT_STATUS = 86
 LOOK_S = RECONNECT_MS / 2e3
+SPIN_S = 30e-6
+NAP_S = 20e-6
+MAX_WATCH_S = 0.05
+CANARY_S = 3600.0
+LEAVE_S = 3.0
+"""Where the device is broken, threads may hang in it: so long they have to end before the process does."""
 
 
 class Refused(StartError):
     """The broker does not take this worker; the text says why."""
 
 
+class NotAllowed(Refused):
+    """Nor will it: that is for its owner to change."""
+
+    status = REFUSED_STATUS
+
+
 class Worker:
     """One worker process, from the first hello to goodbye.
 
     Args:
-        config: the settings; address: where the broker is; key: what to show there, if it wants one.
+        config: the settings; address: where the broker is.
+        watch: is told what this process does.
+        fault: why the worker before this one has ended, if that was a failure: this one begins slowly, and tells the broker.
+        key: what to show the broker, if it wants one.
     """
 
-    def __init__(self, config: WorkerConfig, address: Address, key: OwnKey | None = None) -> None:
+    def __init__(
+        self, config: WorkerConfig, address: Address, watch: Watch, fault: str = "", key: OwnKey | None = None
+    ) -> None:
         self._config = config
         self._address = address
+        self._watch = watch
+        self._fault = fault
+        self._pressure = Pressure(config.memory_high)
+        self._device_fault: str | None = None
         self._link = Link(config.session_name, config.device, config.max_bytes)
+        self._memory = PeerMemory(config.shared_bytes, is_writable=config.device not in ("cpu", "mps"))
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket = dealer(self._context, address.back, key)
         self._monitor = Monitor(self._socket, key)
@@ -89,11 +117,14 @@ class Worker:
         self._is_drained = False
         self._is_orphaned = False
         self._was_welcome = False
+        self._canary_at = time.monotonic() + CANARY_S
+        if fault:
+            self._link.credit.begin_slowly()
 
     # --- the process's life ---------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Serve until drained. Returns the exit status: 0 drained, 86 broken device, 128 + n a second signal n.
+        """Serve until drained. Returns the exit status: 0 drained, 86 broken device, 128 + n a second signal n, 1 failed.
 
         Raises:
             StartError: the broker refuses this worker, or what `Engine` says.
@@ -104,7 +135,8 @@ class Worker:
             self._greet()
             from penstock.worker.work import Work  # torch is loaded while the broker knows us as starting
 
-            self._work = Work(self._config, self._link, self._send)
+            self._work = Work(self._config, self._link, self._memory, self._send, self._watch)
+            self._watch.is_ready = True
             gc.collect()
             gc.freeze()  # torch's some hundred thousand objects are not walked again by every full collection
             engine = self._work.engine
@@ -116,9 +148,34 @@ class Worker:
         except Refused:
             self._link.state = AWAY  # no goodbye to a broker that does not know us
             raise
+        except DeviceFault as e:
+            self._device_fault = str(e)
+        except Exception as e:
+            self._device_fault = self._work.engine.device_fault(e) if self._work is not None else None
+            if self._device_fault is None:
+                raise
+        except SystemExit:
+            if self._num_signals > 1:  # ours: see `on_signal`
+                raise
+            log.exception("a kernel has asked this process to end")
+            self._exit_status = 1
         finally:
-            self._close(reason or ("interrupted" if self._num_signals > 1 else "failed"))
+            self._watch.end()
+            if self._device_fault is not None:
+                self._leave(f"the device is broken: {self._device_fault}")
+            elif reason or self._num_signals > 1:
+                self._close(reason or "interrupted")
+            else:
+                self._close("failed", is_fault=bool(self._link.held))
         return self._exit_status
+
+    def _leave(self, reason: str) -> None:
+        """Tell what can still be told, without waiting for a thread that hangs in the device."""
+        self._exit_status = DEVICE_FAULT_STATUS
+        log.error("%s", reason)
+        closing = threading.Thread(target=self._close, args=(reason[:MAX_REASON], True), daemon=True)
+        closing.start()
+        closing.join(LEAVE_S)
 
     def _greet(self) -> None:
         """Say hello and wait a moment for the welcome; without a broker, it comes later."""
@@ -131,6 +188,7 @@ class Worker:
         """The main loop; the reason for its end."""
         if self._num_signals:
             return "stopped while starting"
+        self._watch.turn()
         while self._num_signals < 2:
             self._check_flags()
             self._receive()
@@ -142,26 +200,33 @@ class Worker:
                 self._poll(0.0)  # a loop that never waits notices here that the connection is gone
                 is_busy = True
             if work.fault is not None:
-                log.error("the device is broken, leaving: %s", work.fault.error.message)
-                self._exit_status = DEVICE_FAULT_STATUS
-                return "the device is broken"
+                raise DeviceFault(work.fault.error.message)
             if is_busy:
                 continue
             if self._can_end(work):
                 return "drained"
+            if work.is_flying:
+                self._await_device(work)
+                continue
+            if time.monotonic() >= self._canary_at:
+                self._canary_at = time.monotonic() + CANARY_S
+                work.engine.check_device()
+            self._watch.rest()
             self._poll(self._next_deadline())
+            self._watch.turn()
         return "interrupted"
 
-    def _close(self, reason: str) -> None:
+    def _close(self, reason: str, is_fault: bool = False) -> None:
         name = self._config.session_name
         self._flush()
         if self._link.state in (ATTACHED, WELCOME):
-            send(self._socket, encode(protocol.Goodbye(reason=reason)))
+            send(self._socket, encode(protocol.Goodbye(reason=reason, is_fault=is_fault)))
         if self._link.held:
             log.warning("worker %s ended, %d leases unanswered: %s", name, len(self._link.held), reason)
         else:
             log.info("worker %s ended: %s", name, reason)
         self._heart.stop()
+        self._unpin(self._memory.close())
         self._monitor.close()
         self._socket.close()
         self._context.term()
@@ -188,14 +253,20 @@ class Worker:
         self._wake.set()
 
     def _check_flags(self) -> None:
+        if self._device_fault is not None:
+            raise DeviceFault(self._device_fault)
         if self._heart.is_lost:
             self._heart.is_lost = False
             self._lose("it does not answer heartbeats")
+        if self._pressure.has_news and self._work is not None:
+            self._link.credit.is_pressed = self._pressure.is_high
+            self._work.relieve(self._pressure)
         if self._is_orphaned and not self._num_signals:
             log.warning("the parent process is gone")
             self._num_signals = 1
         if self._num_signals and self._drain_asked_at is None:
             self._drain_asked_at = time.monotonic()
+            self._memory.is_ending = True  # the broker may look at the last answers when this process is gone
             log.info("worker %s drains: %d leases to finish", self._config.session_name, len(self._link.held))
             if self._link.state == ATTACHED:
                 self._send(encode(protocol.Drain()))
@@ -212,20 +283,20 @@ class Worker:
         is_alone = self._drain_asked_at is not None and self._link.state == AWAY  # nobody is there to say so
         return self._is_drained or is_late or is_alone
 
-    def _next_deadline(self) -> float | None:
-        """Seconds until something is due without any message; None if nothing is."""
-        dues = []
+    def _next_deadline(self) -> float:
+        """Seconds until something is due without any message."""
+        dues = [self._canary_at]
         if self._link.state == GREETED:
             dues.append(self._greeted_at + HELLO_AGAIN_S)
         if self._drain_asked_at is not None:
             dues.append(self._drain_asked_at + DRAIN_LIMIT_S)
-        return max(min(dues) - time.monotonic(), 0.0) + 0.001 if dues else None
+        return max(min(dues) - time.monotonic(), 0.0) + 0.001
 
     # --- the socket -----------------------------------------------------------------------------------------------
 
     def _poll(self, timeout_s: float | None) -> None:
         """Wait for a message, a wake-up, a change of the connection, or room to send what waits."""
-        is_sending = bool(self._outbox and self._link.state == ATTACHED) or self._link.state == AWAY
+        is_sending = self._is_sending()
         wanted = POLLIN | POLLOUT if is_sending else POLLIN
         # The socket's descriptor tells of changes only, so its state is asked before every wait. One system call, where
         # zmq_poll makes several.
@@ -241,13 +312,33 @@ class Worker:
             else:
                 self._flush()
 
+    def _is_sending(self) -> bool:
+        return bool(self._outbox and self._link.state == ATTACHED) or self._link.state == AWAY
+
+    def _await_device(self, work: "Work") -> None:
+        """Wait until the oldest batch in flight is through, or for what `_poll` waits for.
+
+        The device has no descriptor to poll, and a thread that waits for it would hand over through the interpreter's lock.
+        So: spin for as long as the shortest batches take, then look, nap, look: a nap takes 20 us and the system's slack
+        of about 50, which is what an answer may lie there for, and looking costs a fifth of a core while the device works.
+        """
+        began = time.perf_counter()
+        while not work.has_landed():
+            wanted = POLLIN | POLLOUT if self._is_sending() else POLLIN
+            waited_s = time.perf_counter() - began
+            if is_ready(self._socket, wanted) or waited_s > MAX_WATCH_S:
+                break
+            if waited_s > SPIN_S and select.select((self._fd, self._wake.fd, self._monitor.fd), (), (), NAP_S)[0]:
+                break
+        self._poll(0.0)
+
     def _look(self) -> None:
         """Has the connection broken? A new one may stand already, to a broker that does not know its address."""
         self._looked_at = time.monotonic()
         if self._monitor.has_disconnected():
             self._lose(self._monitor.problem or "the connection is closed")
         if self._monitor.refusal:
-            raise Refused(f"{self._address.url}: {self._monitor.refusal}")
+            raise NotAllowed(f"{self._address.url}: {self._monitor.refusal}")
 
     def _receive(self) -> None:
         """Take what has come."""
@@ -276,11 +367,17 @@ class Worker:
             if not isinstance(item, Final):
                 if not send(self._socket, item):
                     return
-            elif all(send(self._socket, frames) for frames in self._link.encode(item)):
+            elif all(self._send_answers(frames, answers) for frames, answers in self._link.encode(item)):
                 self._link.sent(item)
             else:
                 return  # as a whole once more: the broker drops what it has had
             outbox.popleft()
+
+    def _send_answers(self, frames: list[Buffer], answers: Sequence[Answer]) -> bool:
+        if not send(self._socket, frames):
+            return False
+        self._memory.lend(answer.block for answer in answers if answer.block is not None)
+        return True
 
     # --- the session ----------------------------------------------------------------------------------------------
 
@@ -305,8 +402,10 @@ class Worker:
                 self._work.cancel(message.lease)
         elif isinstance(message, Welcome):
             self._on_welcome(message)
+        elif isinstance(message, protocol.Release):
+            self._unpin(self._memory.release(message))
         elif isinstance(message, protocol.Drain):
-            self._is_drained = True
+            self._is_drained = self._memory.is_ending = True
             self._drain_asked_at = self._drain_asked_at or time.monotonic()
         elif isinstance(message, protocol.Goodbye):
             log.info("the broker says goodbye: %s", message.reason or "no reason given")
@@ -321,11 +420,16 @@ class Worker:
                 log.warning("the broker does not know of %d leases held here: they are dropped", num_held)
         if self._link.state != WELCOME:
             return
+        self._unpin(self._memory.welcome(welcome.shared))
         self._heart.begin(welcome.heartbeat_ms)
         if self._is_away_logged:
             how = "with the same session" if welcome.is_resumed else "with a new session"
             log.info("the broker is back %s, epoch %d", how, welcome.epoch)
         self._is_away_logged, self._was_welcome = False, True
+
+    def _unpin(self, segments: list[Segment]) -> None:
+        if self._work is not None:
+            self._work.engine.pins.unpin(segments)
 
     def _take(self, assign: Assign) -> None:
         if self._work is None:
@@ -341,10 +445,15 @@ class Worker:
     def _get_ready(self, work: "Work") -> None:
         """Offer the kernels and say what is held; then everything that waited for the session."""
         engine = work.engine
-        message = encode(self._link.ready(engine.specs, engine.runner.resident, engine.facts))
+        if self._memory.is_on and not send(self._socket, encode(self._memory.share())):
+            self._link.lost()
+            return
+        facts = {**engine.facts, "fault": self._fault} if self._fault else engine.facts
+        message = encode(self._link.ready(engine.specs, engine.runner.resident, facts))
         if not send(self._socket, message):
             self._link.lost()
             return
+        self._fault = ""
         self._flush()
         if self._num_signals:
             self._send(encode(protocol.Drain()))
@@ -355,10 +464,21 @@ class Worker:
                 self._lose("it does not know this session")
             return
         if not self._was_welcome or error.code == Code.NOT_AUTHORISED:
-            raise Refused(f"the broker refused this worker: {error.message}")
+            kind = NotAllowed if error.code == Code.NOT_AUTHORISED else Refused
+            raise kind(f"the broker refused this worker: {error.message}")
         log.error("the broker reports: %s (%s)", error.message, error.code)
 
     def _facts(self) -> tuple[int, Mapping[str, float]]:
         """Progress and memory for a heartbeat; called by its thread."""
         work = self._work
-        return (work.progress, work.engine.memory()) if work is not None else (0, {})
+        if work is None:
+            return 0, {}
+        try:
+            memory = work.engine.memory()
+        except RuntimeError as e:  # what is asked here fails first when a device breaks while nothing runs
+            self._device_fault = work.engine.device_fault(e) or self._device_fault
+            self._wake.set()
+            return work.progress, {}
+        if self._pressure.observe(memory.get("used_fraction", 0.0)):
+            self._wake.set()
+        return work.progress, memory

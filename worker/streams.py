@@ -16,6 +16,7 @@ from penstock.worker import devices
 from penstock.worker.failures import Failure, describe
 from penstock.worker.inputs import Plan
 from penstock.worker.outputs import to_row
+from penstock.worker.precision import open_task, step
 from penstock.worker.runner import Clock, Runner
 
 
@@ -27,15 +28,16 @@ class Stream:
     plan: Plan
     state: Any
     clock: Clock
+    predicted_ms: float
     num_parts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The answer of a streaming lease; `failure` as in `Runner.run`."""
+    """The answer of a streaming lease; `fault` as in `Runner.run`, and then perhaps no answer."""
 
     lease: int
-    answer: Answer
+    answer: Answer | None
     clock: Clock
     fault: Failure | None = None
 
@@ -50,9 +52,14 @@ class Streams:
     def __len__(self) -> int:
         return sum(map(len, self._open.values()))
 
+    @property
+    def kernels(self) -> set[str]:
+        """The names of those with open tasks."""
+        return {name for name, streams in self._open.items() if streams}
+
     def open(self, assign: Assign, received_at: float) -> Ended | None:
         """Begin a task of one row; an answer at once if that fails."""
-        clock = Clock(received_at)
+        clock, watch = Clock(received_at), self._runner.watch
         with torch.inference_mode():
             prepared = self._runner.prepare(assign, clock)
             if isinstance(prepared, Error):
@@ -64,17 +71,23 @@ class Streams:
                 clock.lap()
                 inputs = self._runner.to_device(plan.single(assign.blocks, assign.scalars))
                 clock.h2d_ms += clock.lap()
-                state = plan.kernel.open(**inputs, **fixed)
+                watch.start(f"{plan.name}.open", assign.predicted_ms)
+                state = open_task(plan.kernel, {**inputs, **fixed}, self._runner.precisions.get(plan.name))
+                watch.stop(True)
                 clock.compute_ms += clock.lap()
             except Exception as e:
+                watch.stop(False)
                 failure = describe(plan.name, e)
-                return self._refused(assign, failure.error, clock, failure if failure.is_device_fault else None)
-        self._open.setdefault(plan.name, {})[assign.lease] = Stream(assign.lease, plan, state, clock)
+                if failure.is_device_fault:
+                    return Ended(assign.lease, _answer(plan, failure), clock, failure)
+                return self._refused(assign, failure.error, clock)
+        stream = Stream(assign.lease, plan, state, clock, assign.predicted_ms)
+        self._open.setdefault(plan.name, {})[assign.lease] = stream
         return None
 
-    def _refused(self, assign: Assign, error: Error, clock: Clock, fault: Failure | None = None) -> Ended:
+    def _refused(self, assign: Assign, error: Error, clock: Clock) -> Ended:
         num_rows = max(sum(block.num_rows for block in assign.blocks), 1)
-        return Ended(assign.lease, Answer(0, num_rows, error=error), clock, fault)
+        return Ended(assign.lease, Answer(0, num_rows, error=error), clock)
 
     def cancel(self, lease: int) -> Ended | None:
         """Drop a task's state; None if it is not open."""
@@ -99,42 +112,46 @@ class Streams:
     def _step(self, active: list[Stream]) -> Iterator[WorkerPartial | Ended]:
         steps = self._attempt(active)
         if not isinstance(steps, Failure):
-            for stream, step in zip(active, steps, strict=True):
-                yield from self._emit(stream, step)
+            for stream, said in zip(active, steps, strict=True):
+                yield from self._emit(stream, said)
             return
         if steps.is_out_of_memory:
             self._runner.recover_memory()
+        elif steps.is_device_error:
+            steps = self._runner.device_fault(steps) or steps
         if len(active) > 1 and not steps.is_device_fault:
             # Several tasks: each takes its step alone, so that only the guilty one fails.
             for stream in active:
                 yield from self._step([stream])
             return
         for stream in active:
-            yield self._end(stream, Answer(0, 1, error=steps.error), steps if steps.is_device_fault else None)
+            yield self._fail(stream, steps)
 
     def _attempt(self, active: list[Stream]) -> list[Step] | Failure:
         plan, runner = active[0].plan, self._runner
         began = time.perf_counter()
         runner.num_runs += 1
+        runner.watch.start(f"{plan.name}.step", max(stream.predicted_ms for stream in active))
         try:
-            steps = plan.kernel.step([stream.state for stream in active])
+            steps = step(plan.kernel, [stream.state for stream in active], runner.precisions.get(plan.name))
             devices.synchronize(runner.device)
         except Exception as e:
+            runner.watch.stop(False)
             return describe(plan.name, e)
+        runner.watch.stop(True)
         took = (time.perf_counter() - began) * 1e3
         for stream in active:
             stream.clock.compute_ms += took
         return steps
 
-    def _emit(self, stream: Stream, step: Step) -> Iterator[WorkerPartial | Ended]:
+    def _emit(self, stream: Stream, said: Step) -> Iterator[WorkerPartial | Ended]:
         began = time.perf_counter()
         name = stream.plan.name
         try:
-            chunk = to_row(name, step.chunk) if step.chunk else None
-            result = None if step.result is None else to_row(name, step.result)
+            chunk = to_row(name, said.chunk) if said.chunk else None
+            result = None if said.result is None else to_row(name, said.result)
         except Exception as e:
-            failure = describe(name, e)
-            yield self._end(stream, Answer(0, 1, error=failure.error), failure if failure.is_device_fault else None)
+            yield self._fail(stream, describe(name, e))
             return
         stream.clock.d2h_ms += (time.perf_counter() - began) * 1e3
         if chunk is not None:
@@ -143,6 +160,16 @@ class Streams:
         if result is not None:
             yield self._end(stream, Answer(0, 1, result))
 
-    def _end(self, stream: Stream, answer: Answer, fault: Failure | None = None) -> Ended:
+    def _fail(self, stream: Stream, failure: Failure) -> Ended:
+        if failure.is_device_fault:
+            return self._end(stream, _answer(stream.plan, failure), failure)
+        return self._end(stream, Answer(0, 1, error=failure.error))
+
+    def _end(self, stream: Stream, answer: Answer | None, fault: Failure | None = None) -> Ended:
         del self._open[stream.plan.name][stream.lease]
         return Ended(stream.lease, answer, stream.clock, fault)
+
+
+def _answer(plan: Plan, fault: Failure) -> Answer | None:
+    """Of a task that was there when the device broke: none, if it may run again elsewhere."""
+    return None if plan.is_idempotent else Answer(0, 1, error=fault.error)

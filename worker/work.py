@@ -1,4 +1,4 @@
-"""The leases of a worker while they wait and run: batches one at a time, streams a step at a time.
+"""The leases of a worker while they wait and run: batches one at a time or several in flight, streams a step at a time.
 
 Knows the engine and the link; does not know sockets: frames to send go to a callable. Everything here is run by the
 thread of the data loop.
@@ -7,17 +7,23 @@ thread of the data loop.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from penstock.broker.columns import Buffer
+from penstock.broker.columns import Buffer, any_shared
+from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, Code, Error, Resident, WorkerPartial
+from penstock.broker.segments import SegmentError
+from penstock.broker.shared import DescriptorError
 from penstock.broker.wire import encode
 from penstock.worker.config import WorkerConfig
 from penstock.worker.engine import Engine
 from penstock.worker.failures import Failure
+from penstock.worker.flights import Flights, Landed
 from penstock.worker.link import Final, Link
+from penstock.worker.pressure import Pressure
 from penstock.worker.streams import Ended
+from penstock.worker.watch import Watch
 
 log = logging.getLogger("penstock.worker")
 
@@ -28,6 +34,7 @@ class Work:
     """What this worker has taken and not answered.
 
     Args:
+        memory: what is shared with this machine's clients.
         send: takes what is to be sent, in order: the frames of a message, or the answers to a lease.
 
     Attributes:
@@ -36,18 +43,34 @@ class Work:
         fault: the device is broken for good, and why.
     """
 
-    def __init__(self, config: WorkerConfig, link: Link, send: Callable[[Outgoing], None]) -> None:
-        self.engine = Engine(config, self._announce)
+    def __init__(
+        self, config: WorkerConfig, link: Link, memory: PeerMemory, send: Callable[[Outgoing], None], watch: Watch
+    ) -> None:
+        self.engine = Engine(config, self._announce, watch)
         self.progress = 0
         self.is_in_kernel = False
         self.fault: Failure | None = None
         self._link = link
+        self._memory = memory
         self._send = send
         self._waiting: deque[tuple[Assign, float]] = deque()
+        self._stalled: Assign | None = None
+        self._leaving: list[Landed] = []
+        if self.engine.flights is not None:
+            link.credit.num_slots = self.engine.flights.pipeline.num_slots
 
     @property
     def is_empty(self) -> bool:
-        return not self._waiting and not len(self.engine.streams)
+        return not self._waiting and not len(self.engine.streams) and not self.is_flying
+
+    @property
+    def is_flying(self) -> bool:
+        """Batches are in flight: the device will have something to say."""
+        return self.engine.flights is not None and len(self.engine.flights) > 0
+
+    def has_landed(self) -> bool:
+        """Whether `run_batch` has an answer to send."""
+        return self.engine.flights is not None and self.engine.flights.is_done()
 
     @property
     def has_streams(self) -> bool:
@@ -58,6 +81,8 @@ class Work:
         if not self._link.on_assign(assign):
             log.warning("ignored lease %d: it is held already, or of another session", assign.lease)
             return
+        if any_shared(assign.blocks) and not self._open(assign):
+            return
         received_at = time.perf_counter()
         if assign.mode != "stream":
             self._waiting.append((assign, received_at))
@@ -66,6 +91,30 @@ class Work:
             ended = self.engine.streams.open(assign, received_at)
         if ended is not None:
             self._end(ended)
+
+    def _open(self, assign: Assign) -> bool:
+        """Open what the rows of a lease lie in; if that cannot be, it is answered: they come again in frames."""
+        try:
+            for block in assign.blocks:
+                self.engine.pins.pin(self._memory.opened.attach(block.frames))
+        except (SegmentError, DescriptorError) as e:
+            self._memory.turn_off(str(e))
+            num_rows = self._link.held[assign.lease].num_rows
+            self._send(Final(assign.lease, [Answer(0, num_rows, error=Error(Code.UNSHARED, str(e)))], {"num_runs": 0}))
+            return False
+        return True
+
+    def _placed(self, lease: int, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """The answers with large rows where those who wait can read them."""
+        held = self._link.held.get(lease)
+        if self._memory.arena is None or held is None or held.is_unshared:
+            return answers
+        if not any(a.block is not None and a.block.layout.num_framed for a in answers):
+            return answers
+        placed = [a if a.block is None else Answer(a.start, a.stop, self._memory.place_rows(a.block)) for a in answers]
+        if self._memory.must_tell:
+            self._send(encode(self._memory.share()))
+        return placed
 
     def cancel(self, lease: int) -> None:
         """A batch that has not begun and a stream end here; a batch under way is finished."""
@@ -83,9 +132,15 @@ class Work:
         """Nobody waits for anything that is held."""
         self._waiting.clear()
         self.engine.streams.clear()
+        if self.engine.flights is not None:
+            self.engine.flights.forget()
+            self._let_go()
 
     def run_batch(self) -> bool:
-        """Run and answer the batch that waits longest; False if none does."""
+        """Run and answer the batch that waits longest; or begin what there is room for, and answer what has landed. False
+        if there was nothing to do."""
+        if self.engine.flights is not None:
+            return self._fly(self.engine.flights)
         if not self._waiting:
             return False
         assign, received_at = self._waiting.popleft()
@@ -95,9 +150,49 @@ class Work:
         self.is_in_kernel = False
         self.progress += 1
         self._link.credit.measure((time.perf_counter() - began) * 1e3 - clock.load_ms)
-        self._send(Final(assign.lease, answers, clock.timings()))
+        if answers:
+            self._send(Final(assign.lease, self._placed(assign.lease, answers), clock.timings()))
         self.fault = self.fault or fault
         return True
+
+    def _fly(self, flights: Flights) -> bool:
+        if self._leaving:
+            self._let_go()
+        was_busy = False
+        while self._waiting and flights.has_room and self.fault is None:
+            assign, received_at = self._waiting.popleft()
+            with self._in_kernel():
+                flights.take(assign, received_at)
+            was_busy = True
+        if self._waiting and not flights.pipeline.has_room and self._waiting[0][0] is not self._stalled:  # counted once
+            self._stalled = self._waiting[0][0]
+            flights.pipeline.num_stalls += 1
+        with self._in_kernel():
+            landed = flights.landed()
+        for one in landed:
+            self._land(one)
+        return was_busy or bool(landed)
+
+    def _land(self, landed: Landed) -> None:
+        clock = landed.clock
+        self.progress += 1
+        self.fault = self.fault or landed.fault
+        if not landed.answers:
+            return  # the device is broken: the broker finds out which rows are to blame
+        self._link.credit.measure(max(clock.h2d_ms, clock.compute_ms, clock.d2h_ms))
+        self._send(Final(landed.lease, landed.answers, clock.timings()))
+        self._leaving.append(landed)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give back the memory of answers that have left, or that nobody waits for."""
+        staying = []
+        for landed in self._leaving:
+            if landed.lease in self._link.held:
+                staying.append(landed)
+            else:
+                landed.release()
+        self._leaving = staying
 
     def step_streams(self) -> None:
         """One step of everything that streams."""
@@ -110,6 +205,20 @@ class Work:
             else:
                 self._end(event)
 
+    def relieve(self, pressure: Pressure) -> None:
+        """Memory is short, or no longer: give back caches first, then kernels that nobody waits for, one at a time."""
+        share, pressure.has_news = 100.0 * pressure.fraction, False
+        if not pressure.is_high:
+            log.info("memory: %.0f %% in use, no longer short", share)
+            return
+        num_bytes = self.engine.runner.recover_memory()
+        log.warning("memory: %.0f %% in use; caches cleared, %.0f MiB of them kernels' own", share, num_bytes / 2**20)
+        if pressure.num_high > 1:
+            wanted = {assign.kernel for assign, _ in self._waiting} | self.engine.streams.kernels
+            name = self.engine.runner.unload_one(but=wanted)
+            if name is not None:
+                log.warning("memory: unloaded kernel %r, the one used least recently", name)
+
     @contextmanager
     def _in_kernel(self) -> Iterator[None]:
         self.is_in_kernel = True
@@ -120,7 +229,8 @@ class Work:
 
     def _end(self, ended: Ended) -> None:
         self.progress += 1
-        self._send(Final(ended.lease, [ended.answer], ended.clock.timings()))
+        if ended.answer is not None:
+            self._send(Final(ended.lease, self._placed(ended.lease, [ended.answer]), ended.clock.timings()))
         self.fault = self.fault or ended.fault
 
     def _announce(self, resident: Resident) -> None:

@@ -32,7 +32,7 @@ MAX_EMERGENCIES = 1024
 class _Size:
     """The limit of one (worker, kernel, class)."""
 
-    __slots__ = ("before", "failed_at", "knee", "limit", "num_batches", "num_clean", "num_failures", "patience")
+    __slots__ = ("before", "failed_at", "is_slow", "knee", "limit", "num_batches", "num_clean", "num_failures", "patience")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -43,6 +43,7 @@ class _Size:
         self.num_failures = 0
         self.patience = 0
         self.before: tuple[int, int | None, int] | None = None
+        self.is_slow = False
 
     @property
     def ceiling(self) -> int:
@@ -103,6 +104,7 @@ class BatchSizes:
         self._sizes: dict[tuple[str, str], list[_Size]] = {}
         self._lowered_at: dict[str, float] = {}
         self._emergencies: dict[str, float] = {}
+        self._slow: set[str] = set()
 
     def limit(self, worker: str, kernel: str, ms: float, most: int, now: float) -> int:
         """Rows that a batch may have: 1 to `most`.
@@ -116,6 +118,8 @@ class BatchSizes:
             return 1
         sizes = self._sizes.get((worker, kernel))
         place = bisect_right(CLASSIC_MS, ms)
+        if sizes is None and worker in self._slow:
+            sizes = self._sizes_of(worker, kernel)
         limit = self._first[place] if sizes is None else sizes[place].limit
         return limit if limit < most else most
 
@@ -132,6 +136,10 @@ class BatchSizes:
         place = bisect_right(CLASSIC_MS, ms)
         first, size = self._first[place], self._sizes_of(worker, kernel)[place]
         size.num_batches += 1
+        if size.is_slow:
+            size.limit = min(2 * size.limit, first, size.ceiling)
+            size.is_slow = size.limit < min(first, size.ceiling)
+            return
         most = min(2 * first, MAX_ROWS)
         if size.num_batches >= MIN_BATCHES:
             size.knee = knee(fixed_ms, row_ms, max(1, first // 8))
@@ -206,8 +214,14 @@ class BatchSizes:
             until = None
         return until is not None
 
+    def begin_slowly(self, worker: str) -> None:
+        """A worker is back after a fault: batches of one row, then twice as many after each, up to the first limits."""
+        self.forget_worker(worker)
+        self._slow.add(worker)
+
     def forget_worker(self, worker: str) -> None:
         """Drop all that was learned of a worker."""
+        self._slow.discard(worker)
         self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != worker}
         self._lowered_at.pop(worker, None)
 
@@ -230,6 +244,9 @@ class BatchSizes:
             while len(self._sizes) >= MAX_SIZES:
                 del self._sizes[next(iter(self._sizes))]
             sizes = self._sizes[worker, kernel] = [_Size(limit) for limit in self._first]
+            if worker in self._slow:
+                for size in sizes:
+                    size.is_slow, size.limit = size.limit > 1, 1
         return sizes
 
 

@@ -1,9 +1,10 @@
 """`penstock up`: a broker and its workers as children of one process in the foreground.
 
-Knows processes, signals, restarts and log lines; knows neither tasks nor devices beyond their names. Children have process
-groups of their own, so that Ctrl-C reaches this process only, which then stops them in order: the broker lets open
-tasks finish, then the workers go. Nothing outlives this process, however it ends: workers watch their parent
-(`--parent`), and on Linux the kernel tells the broker.
+Knows processes, signals and log lines; knows neither tasks nor devices beyond their names. Each worker has a supervisor of
+its own, which starts it again when it fails; the supervisors and the broker are the children here, and started again by
+this. They have process groups of their own, so that Ctrl-C reaches this process only, which then stops them in order: the
+broker lets open tasks finish, then the workers go. Nothing outlives this process, however it ends: supervisors watch their
+parent (`--parent`), and on Linux the kernel tells the broker.
 """
 
 import contextlib
@@ -33,7 +34,10 @@ STABLE_S: Final = 60.0
 """Who ran for this long starts with the shortest pause again."""
 BROKER_STOP_S: Final = 40.0
 WORKER_STOP_S: Final = 10.0
-DEVICE_FAULT_STATUS: Final = 86
+WORKER_GIVES_UP: Final = 87
+"""Its supervisor has started it again often enough; see `penstock worker --help`."""
+CANNOT_START: Final = (1, 2, 77)
+"""Of a worker: something is missing; wrong settings; the broker does not allow its key."""
 BROKER_GIVES_UP: Final = (2, 3)
 """Wrong settings; the address is taken."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -193,13 +197,11 @@ class Child:
             whole, self._rest = [*whole, self._rest], b""
         return [line.decode(errors="replace") for line in whole]
 
-    def plan_restart(self, status: int, now: float) -> float:
-        """It has failed with `status`: the pause until it starts again, in seconds."""
+    def plan_restart(self, now: float) -> float:
+        """It has failed: the pause until it starts again, in seconds."""
         if now - self.started_at >= STABLE_S:
             self._num_failures = 0
         pause = min(FIRST_RESTART_S * 2.0 ** min(self._num_failures, 10), LAST_RESTART_S)
-        if status == DEVICE_FAULT_STATUS and self._num_failures == 0:
-            pause = 0.0  # it asked for a fresh process; only if that fails too the pauses begin
         self._num_failures += 1
         self.restart_at = now + pause
         return pause
@@ -212,7 +214,7 @@ def _read_some(fd: int) -> bytes:
         return b""
 
 
-# --- the supervisor ------------------------------------------------------------------------------------------------
+# --- up ------------------------------------------------------------------------------------------------------------
 
 
 class Up:
@@ -364,12 +366,17 @@ class Up:
             self._on_devices(status, now)
         elif child is self._broker and status in BROKER_GIVES_UP:
             self._give_up(status, now)
-        elif child is not self._broker and status in (1, 2) and not self.is_ready:
+        elif child is not self._broker and status in CANNOT_START and not self.is_ready:
             self._give_up(1, now)  # it has said why; another try would say the same
         elif child is not self._broker and status == 0:
             self._say(f"{child.name} was drained and has ended")
+        elif child is not self._broker and status == WORKER_GIVES_UP:
+            self._say(f"{child.name} has given up, as told above; the others go on")
+            self.exit_status = 1
+            if not any(worker.is_running or worker.restart_at is not None for worker in self._workers):
+                self._give_up(1, now)
         else:
-            pause = child.plan_restart(status, now)
+            pause = child.plan_restart(now)
             self._say(f"{child.name} has ended ({_describe(status)}); it starts again in {pause:.0f} s")
 
     def _on_devices(self, status: int, now: float) -> None:
@@ -429,4 +436,4 @@ def _describe(status: int) -> str:
     """An exit status in words."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
-    return "the device is broken" if status == DEVICE_FAULT_STATUS else f"exit status {status}"
+    return f"exit status {status}"

@@ -10,7 +10,7 @@ from penstock.kernels.errors import InvalidInput, listed, shown
 from penstock.kernels.expression import Expression, parse
 from penstock.kernels.inputs import Static
 from penstock.kernels.spec import Cost
-from penstock.kernels.table import TABLE, named_columns, sizes_of, split_rows, text_list
+from penstock.kernels.table import TABLE, named_columns, split_rows, text_list
 
 _MEASURE = re.compile(r"\s*([a-z]+)\s*\((.*)\)\s*", re.DOTALL)
 
@@ -36,26 +36,28 @@ def aggregate(
     `[batch, len(measures)]`. With `by`, returns per task `group`: `[groups]`, the values of that column in ascending
     order, in the table's dtype, and `out`: float64 `[groups, len(measures)]`.
 
-    Expressions are computed in the table's dtype, measures in float64, summed in the order of the rows: the same bits
-    whatever shares the batch, but for functions' last bits in expressions. `count()` counts rows, `count(x)` those
+    Expressions are computed in the table's dtype, measures in float64, summed in an order that depends on the run alone: the
+    same bits whatever shares the batch, but for functions' last bits in expressions. `count()` counts rows, `count(x)` those
     whose x is not NaN; any other measure of values with a NaN is NaN. var and std divide by n - 1. No rows: count and
     sum are 0, the others NaN; var and std of one row are NaN. As a group, NaN is one value, the last, and -0 is 0.
-    Tolerance against exact sums: 1e-12 of the sum of magnitudes. Source: torch.segment_reduce.
+    Tolerance against exact sums: 1e-12 of the sum of magnitudes. Source: `segments.py`.
     """
     named = named_columns("aggregate", table, columns)
     parsed = [_parse_measure(text) for text in text_list("aggregate", "measures", measures)]
     like = table.new_empty(table.shape[0])
-    sizes = sizes_of(table_offsets)
     if by is None:
-        segments = Segments.of_tasks(sizes, table.device)
+        segments = Segments.of_tasks(table_offsets)
     elif isinstance(by, str) and by in named:
-        segments = Segments.of_groups(sizes, named[by])
+        segments = Segments.of_groups(table_offsets, named[by])
     else:
         raise InvalidInput(f"aggregate: there is no column {shown(by)} to group by; there are {listed(named)}")
-    results = []
-    for measure, expression in parsed:
-        values = like.new_zeros(like.shape) if expression is None else expression.compute(named, like)
-        results.append(MEASURES[measure](segments.arrange(values), segments.lengths))
+    results = [segments.lengths.double()] * len(parsed)  # which is count()
+    for expression in dict.fromkeys(expression for _, expression in parsed if expression is not None):
+        values = segments.arrange(expression.compute(named, like))  # once for all measures of it
+        for i, (measure, of) in enumerate(parsed):
+            if of is expression:
+                results[i] = MEASURES[measure](values, segments)
+        del values
     out = torch.stack(results, 1)
     if segments.groups is None:
         return {"out": out}

@@ -7,7 +7,7 @@ from penstock.kernels.errors import InvalidInput, shown
 from penstock.kernels.expression import parse
 from penstock.kernels.inputs import Static
 from penstock.kernels.spec import Cost
-from penstock.kernels.table import TABLE, named_columns, split_rows
+from penstock.kernels.table import TABLE, named_columns, split_rows, true_rows
 
 
 @kernel(
@@ -32,10 +32,7 @@ def filter_rows(
     if not condition.is_condition:
         raise InvalidInput(f"filter: {shown(condition.text)} is a number; expected a condition such as 'price > 10'")
     keep = condition.compute(named, table.new_empty(table.shape[0]))
-    kept = keep.nonzero().squeeze(1)
     offsets = table_offsets.to(table.device)
-    # Kept rows before each bound, so that every task's share and its first row number are known.
-    sizes = torch.searchsorted(kept, offsets).diff()
-    index = kept - offsets[:-1].repeat_interleave(sizes)
-    counts = sizes.tolist()
-    return {"table": split_rows(table[kept], counts), "index": split_rows(index, counts)}
+    kept, sizes, counts = true_rows(keep, offsets)
+    index = kept if len(counts) == 1 else kept - offsets[:-1].repeat_interleave(sizes, output_size=len(kept))
+    return {"table": split_rows(table.index_select(0, kept), counts), "index": split_rows(index, counts)}

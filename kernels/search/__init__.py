@@ -46,14 +46,15 @@ class Search:
         """Searches for all of `query` `[batch, d]` in one corpus."""
         if type(k) is not int or not 1 <= k <= MAX_K:
             raise InvalidInput(f"search: k must be an integer from 1 to {MAX_K}; got {shown(k)}")
-        if not bool(query.isfinite().all()):
-            raise InvalidInput("search: the query must be finite; it holds NaN or infinity")
+        is_finite = query.isfinite().all()
         version, vectors = self._vectors(corpus, query.device, context)
         if query.ndim != 2 or query.shape[1] != vectors.shape[1]:
             raise InvalidInput(
                 f"search: corpus {corpus!r} has vectors [{vectors.shape[1]}]; got a query {list(query.shape[1:])}"
             )
         score, index = unit_topk(unit_rows(query), vectors, k)
+        if not bool(is_finite):  # looked at when all is on its way, so that no device waits
+            raise InvalidInput("search: the query must be finite; it holds NaN or infinity")
         return {"index": index, "score": score, "version": torch.full((len(query),), version, device=query.device)}
 
     def _vectors(self, reference: str, device: torch.device, context: Context) -> tuple[int, torch.Tensor]:

@@ -21,7 +21,9 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "encryption": ("encryption", {"pairs": "num_pairs", "seconds": "seconds"}),
     "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
     "prediction": ("prediction", {}),
+    "durable": ("durable", {"pairs": "num_pairs", "seconds": "seconds", "tasks": "max_tasks"}),
     "kernels": ("kernel_bench", {"device": "device", "ops": "ops", "quick": "is_quick", "pairs": "num_rounds"}),
+    "shared": ("shared", {"pairs": "num_pairs"}),
     "peers": ("peers", {"seconds": "seconds"}),
 }
 """What there is: its module, and which options its `measure` takes under which names."""
@@ -49,7 +51,9 @@ def main() -> int:
         "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
         "worker can do. attacks: an honest client's calls beside 200 attacks a second. encryption: tcp with keys and without. "
         "policy: what a decision costs. prediction: measured times of the built-in kernels. "
+        "durable: tasks on disk against tasks in memory, and restarts with many queued. "
         "kernels: each kernel's correctness, then its time against the device's floor and against other implementations. "
+        "shared: large arrays through shared memory against the socket. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )
     p.add_argument("what", nargs="?", default="throughput", choices=tuple(BENCHES))

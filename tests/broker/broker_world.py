@@ -10,14 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fake_memory import FakeHost
+
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
 from penstock.broker.core import Core, Event, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.durable import DurableJournal
+from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.scheduling.prediction import BatchLoad, Predictor
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.state import BACK, FRONT, Send
+from penstock.broker.storage.store import MemoryStore
 from penstock.broker.wire import Message, decode, encode
 
 WHOLE_BATCHES = SchedulingConfig(first_batch_sizes=(4096, 4096, 4096))
@@ -92,12 +97,48 @@ class Declared(Predictor):
 class World:
     """One core, its peers, and the time."""
 
-    def __init__(self, scheduling: SchedulingConfig = WHOLE_BATCHES, predictor: Predictor | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        scheduling: SchedulingConfig = WHOLE_BATCHES,
+        predictor: Predictor | None = None,
+        memory: FakeHost | None = None,
+        store: MemoryStore | None = None,
+        **config: Any,
+    ) -> None:
         self.now = START
-        self.core = Core(BrokerConfig(**config), epoch=7, now=self.now, policy=PullPolicy(scheduling, predictor),
-                         operators=("uid:1",))  # fmt: skip
+        self.memory = memory
         self.peers: dict[tuple[str, bytes], Peer] = {}
         self.numbers = itertools.count(1)
+        self._scheduling, self._predictor, self._config = scheduling, predictor, BrokerConfig(**config)
+        self._start(7, store)
+
+    def _start(self, epoch: int, store: MemoryStore | None) -> None:
+        config, journal = self._config, None
+        if store is not None:
+            kept = (config.result_ttl_s, config.max_kept_bytes)
+            journal = DurableJournal(config.dedup_window_s, config.dedup_bytes, *kept, wall_offset_s=1e9)
+        policy = PullPolicy(self._scheduling, self._predictor)
+        operators = ("uid:1",)
+        self.core = Core(
+            config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, operators=operators
+        )
+        self.store = store
+        self.promises = Promises(store, self._send)
+        if store is not None:
+            self.core.restore(store.load(), self.now)
+
+    def commit(self) -> None:
+        """What the journal was told is safe from now on; what waited for that is sent."""
+        assert self.store is not None
+        self.store.commit()
+        self.promises.release()
+
+    def restart(self, num_kept: int = 0) -> None:
+        """Kill the broker and start another on what its disk has; `num_kept` groups that were not yet safe are there, too."""
+        assert self.store is not None
+        self.peers.clear()
+        self._start(self.core.state.epoch + 1, self.store.crash(num_kept))
+        self.turn()
 
     @property
     def state(self) -> Any:
@@ -146,14 +187,18 @@ class World:
         return FakeWorker(self, specs or (spec(),), **kwargs)
 
     def _deliver(self, actions: list[Send]) -> None:
+        self.promises.perform(actions, self.core.take_writes())
+
+    def _send(self, action: Send) -> None:
         types = {FRONT: p.TO_CLIENT, BACK: p.TO_WORKER}
-        for action in actions:
-            message = decode(types[action.side], encode(action.message))
-            peer = self.peers.get((action.side, action.route))
-            if peer is None:
-                self._deliver(self.core.handle(PeerLost(action.side, action.route), self.now))
-            else:
-                peer.receive(message)
+        message = decode(types[action.side], encode(action.message))
+        if self.memory is not None:
+            self.memory.read(message)
+        peer = self.peers.get((action.side, action.route))
+        if peer is None:
+            self.handle(PeerLost(action.side, action.route))
+        else:
+            peer.receive(message)
 
 
 class Peer:
@@ -219,8 +264,9 @@ class Got:
 class FakeClient(Peer):
     """Drops what it has had by seq, checks order, and files outcomes under (id, row)."""
 
-    def __init__(self, world: World, name: str, principal: str, is_connected: bool = True) -> None:
+    def __init__(self, world: World, name: str, principal: str, is_connected: bool = True, pid: int = 0) -> None:
         super().__init__(world, name, principal)
+        self.pid = pid
         self.received = self.num_duplicates = 0
         self.epoch = 0
         self.credit: Sequence[int] = (0, 0)
@@ -294,7 +340,8 @@ class FakeClient(Peer):
                     continue
                 got.num_finals += 1
                 got.outcome, got.error = outcome, outcome.error
-                got.data = None if outcome.block is None else bytes(outcome.block.row(0, at))
+                has_data = outcome.block is not None and outcome.block.columns
+                got.data = bytes(outcome.block.row(0, at)) if has_data else None
         if isinstance(message, p.Results):
             self.credit = message.credit
 
@@ -316,8 +363,10 @@ class FakeWorker(Peer):
         is_ready: bool = True,
         principal: str = "uid:1",
         pid: int = 0,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(world, name, principal)
+        self.facts = facts or {}
         self.specs = list(specs)
         self.credit = [batches, num_bytes]
         self.leases: dict[int, p.Assign] = {}
@@ -335,7 +384,7 @@ class FakeWorker(Peer):
     def ready(self, leases: Sequence[int] | None = None) -> None:
         held = list(self.leases) if leases is None else list(leases)
         self.leases = {token: self.leases[token] for token in held if token in self.leases}
-        self.send(p.Ready(specs=self.specs, credit=self.credit, leases=held))
+        self.send(p.Ready(specs=self.specs, credit=self.credit, leases=held, device=self.facts))
 
     def receive(self, message: Message) -> None:
         super().receive(message)

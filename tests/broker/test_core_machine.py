@@ -186,9 +186,9 @@ def a_split_turns_the_lease_around(patch: Patch) -> None:
 def the_wrong_session_is_told(patch: Patch) -> None:
     real = Clients._deliver
 
-    def deliver(self: Clients, session: ClientSession, outcomes: Any, finished: Any) -> None:
+    def deliver(self: Clients, session: ClientSession, outcomes: Any, finished: Any, is_promise: bool = False) -> None:
         others = [s for s in self.by_route.values() if s is not session]
-        real(self, others[0] if others and session.last_seq % 3 == 2 else session, outcomes, finished)
+        real(self, others[0] if others and session.last_seq % 3 == 2 else session, outcomes, finished, is_promise)
 
     patch.setattr(Clients, "_deliver", deliver)
 

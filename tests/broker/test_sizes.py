@@ -53,6 +53,31 @@ def test_full_batches_raise_the_limit_by_an_eighth() -> None:
     assert limit(sizes) == MAX_ROWS
 
 
+def test_after_a_fault_a_worker_begins_with_one_row_and_doubles() -> None:
+    sizes = BatchSizes((64, 32, 16))
+    run_full(sizes, 20)
+    sizes.begin_slowly("gpu0")
+    assert limit(sizes, worker="gpu1") == 64, "others are as they were"
+    seen = []
+    for _ in range(8):
+        seen.append(limit(sizes))
+        run_full(sizes)
+    assert seen == [1, 2, 4, 8, 16, 32, 64, 72]
+    assert limit(sizes, SLOW) == 1, "each class for itself"
+    sizes.forget_worker("gpu0")
+    assert limit(sizes) == 64
+
+
+def test_memory_that_runs_out_while_it_begins_slowly_ends_that() -> None:
+    sizes = BatchSizes((64, 32, 16))
+    sizes.begin_slowly("gpu0")
+    run_full(sizes, 3)
+    sizes.out_of_memory("gpu0", "embed", 8, FAST)
+    assert limit(sizes) == 4
+    run_full(sizes, 3)
+    assert limit(sizes) == 7
+
+
 def test_batches_with_room_left_do_not() -> None:
     sizes = BatchSizes()
     for _ in range(50):

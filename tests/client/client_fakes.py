@@ -80,6 +80,7 @@ class ModelBroker:
         self.idempotent = True
         self.is_mute = False
         self.told: dict[str, Any] = {}  # of every task, as brokers since 1.1 do
+        self.shared: dict[str, Any] = {}  # what is offered, as brokers since 1.2 do
         self.controls: list[tuple[str, str]] = []
         self.control_error: Error | None = None
 
@@ -129,7 +130,7 @@ class ModelBroker:
         unknown = b"".join(i for i in ids if i not in session.submitted)
         self._send(session, protocol.Welcome(
             epoch=self.epoch, heartbeat_ms=self.heartbeat_ms, is_resumed=is_resumed, credit=self._credit(session),
-            unknown=unknown,
+            unknown=unknown, shared=self.shared,
         ))  # fmt: skip
         if is_resumed:
             self._on_ack(session, m.received)
@@ -220,6 +221,9 @@ class ModelBroker:
         for s, m in due:
             if self.sessions.get(s.secret) is s:
                 self.answer(s, m)
+
+    def _share(self, s: ModelSession, m: protocol.Share) -> None:
+        """That it was said is in the log."""
 
     def _cancel(self, s: ModelSession, m: protocol.Cancel) -> None:
         submitted = s.submitted.get(m.id)

@@ -78,10 +78,12 @@ class Running:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def kill(self, name: str) -> None:
-        """SIGKILL, and wait for the end."""
+        """SIGKILL, and wait for the end, also of the worker that ends with its supervisor."""
         process = self.processes.pop(name)
+        children = psutil.Process(process.pid).children()
         process.kill()
         process.wait(STOP_S)
+        until(lambda: all(is_gone(child.pid) for child in children), f"the processes of {name} ended", STOP_S)
 
     def stop(self) -> None:
         """End everything, however it stands."""

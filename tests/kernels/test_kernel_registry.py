@@ -53,8 +53,20 @@ def test_all_built_in_kernels_load_without_their_state() -> None:
     assert set(kernels) == {
         *("aggregate", "corpus", "embed", "filter", "matmul"),
         *("search", "sha256", "sleep", "softmax", "transform"),
+        *("attention", "attention_varlen", "paged_decode"),
+        *("linear", "moe", "quantized_linear"),
+        *("sample", "speculative_verify", "token_transform"),
+        *("selective_scan", "ssd"),
+        "simulate",
     }
-    assert [name for name, item in kernels.items() if not item.is_loaded] == ["embed"]
+    resident = [
+        "embed",
+        "linear",
+        "moe",
+        "quantized_linear",
+        "token_transform",
+    ]
+    assert [name for name, item in kernels.items() if not item.is_loaded] == resident
     assert all(item.spec.name == name and item.spec.doc for name, item in kernels.items())
 
 
@@ -62,7 +74,19 @@ def test_every_built_in_kernel_has_a_reference_beside_it() -> None:
     import penstock.kernels
 
     root = Path(penstock.kernels.registry.__file__).parent
-    assert all((root / name / "reference.py").is_file() for name in registry.builtin())
+    folders = {target.split(":")[0].split(".")[2] for target in registry._BUILTIN.values()}
+    assert all((root / folder / "reference.py").is_file() for folder in folders)
+
+
+def test_loading_the_built_in_kernels_leaves_the_compilers_out() -> None:
+    """torch's compiler takes a second to import, and every worker would wait for it."""
+    code = (
+        "import sys; from penstock.kernels import ops, registry; registry.load(); [getattr(ops, n) for n in ops.__all__];"
+        "names = [n for n in sys.modules if n.split('.')[0] == 'triton' or n == 'torch._dynamo'];"
+        "assert not names, names"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_built_in_kernels_are_imported_on_first_use() -> None:

@@ -47,6 +47,53 @@ def test_topk(q: int, n: int, d: int, k: int, tile_rows: int) -> None:
     assert all(len(set(line)) == len(line) for line in index.tolist())
 
 
+@pytest.mark.parametrize("factor", [1e-38, 1e-20, 1.0, 1e19, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_of_any_length(factor: float, dtype: torch.dtype) -> None:
+    queries, corpus = torch.randn(5, 9) * 1e30, torch.randn(300, 9).to(dtype)
+    corpus[::2] *= factor
+    corpus[7] = 0.0
+    score, index = ops.similarity_topk(queries, corpus, 300, tile_rows=77)
+    expected, _ = reference(queries, corpus, 300)
+    torch.testing.assert_close(score, expected, rtol=0, atol=2e-6)
+    assert (score[index == 7] == 0).all()
+
+
+def test_no_table_of_all_scores_and_no_copy_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, corpus = torch.randn(600, 8), torch.randn(40_000, 8)
+    sizes: list[int] = []
+    real = torch.topk
+
+    def topk(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sizes.append(x.numel())
+        return real(x, *rest, **options)
+
+    monkeypatch.setattr(torch, "topk", topk)
+    score, _ = ops.similarity_topk(queries, corpus, 3)
+    assert max(sizes) <= 1 << 21 < score.shape[0] * len(corpus)
+
+
+def test_topk_on_two_devices() -> None:
+    with pytest.raises(InvalidInput, match="on one device; got cpu and meta"):
+        ops.similarity_topk(torch.zeros(2, 3), torch.zeros(4, 3, device="meta"), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("q", "n", "d", "k"), [(1, 1, 1, 1), (300, 200_003, 33, 10), (5, 5000, 384, 4096)])
+def test_topk_on_a_gpu(q: int, n: int, d: int, k: int) -> None:
+    queries, corpus = torch.randn(q, d), torch.randn(n, d) * torch.randint(1, 9, (n, 1)) ** 9.0
+    on_device = queries.cuda(), corpus.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        score, index = ops.similarity_topk(*on_device, k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, _ = reference(queries, corpus, k)
+    torch.testing.assert_close(score.cpu(), expected, rtol=0, atol=2e-6)
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], corpus[index.cpu()], dim=2)
+    torch.testing.assert_close(cosines, expected, rtol=0, atol=4e-6)
+
+
 def test_topk_without_queries_or_rows() -> None:
     assert ops.similarity_topk(torch.empty(0, 3), torch.randn(5, 3), 2)[1].shape == (0, 2)
     assert ops.similarity_topk(torch.randn(4, 3), torch.empty(0, 3), 2)[0].shape == (4, 0)

@@ -1,12 +1,14 @@
 """transform, filter and aggregate against their references: ragged batches, empty tables, NaN, neighbours."""
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
 from penstock.kernels import InvalidInput, registry
+from penstock.kernels.aggregate import segments
 from penstock.kernels.aggregate.reference import aggregate as aggregate_reference
 from penstock.kernels.filter.reference import filter_rows as filter_reference
 from penstock.kernels.transform.reference import transform as transform_reference
@@ -18,6 +20,12 @@ MEASURES = [
 ]
 EXPRESSIONS = ["total = price * qty", "dear = total > 1", "price = exp(-abs(price))", "both = price + dear"]
 WHERE = "price > 0 and (qty != 2 or store < 1)"
+KERNELS = [
+    ("transform", {"expressions": EXPRESSIONS}),
+    ("filter", {"where": WHERE}),
+    ("aggregate", {"measures": MEASURES}),
+    ("aggregate", {"measures": MEASURES, "by": "store"}),
+]
 SIZES = [[1], [0], [5], [0, 0], [3, 0, 1], [7, 13, 1, 0, 29], [1031, 2], [4001]]
 
 
@@ -104,15 +112,7 @@ def test_sums_are_exact_where_float32_is_not() -> None:
     assert got[1].item() == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("transform", {"expressions": EXPRESSIONS}),
-        ("filter", {"where": WHERE}),
-        ("aggregate", {"measures": MEASURES}),
-        ("aggregate", {"measures": MEASURES, "by": "store"}),
-    ],
-)
+@pytest.mark.parametrize(("name", "arguments"), KERNELS)
 def test_poisoned_neighbours_change_nothing(name: str, arguments: dict[str, Any]) -> None:
     kernel = registry.get(name)
     mine = tables([17])
@@ -131,6 +131,76 @@ def test_tables_may_be_strided() -> None:
         kernel = registry.get(name)
         one, other = (kernel.run(**item, columns=COLUMNS, **arguments) for item in (batch, strided))
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("sizes", [[1], [0], [0, 5, 0], [1, 2, 3, 70, 0, 5], [200, 1, 64, 65]])
+@pytest.mark.parametrize("how", ["sum", "amin", "amax"])
+def test_reducing_in_pieces_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, how: str, sizes: list[int]) -> None:
+    monkeypatch.setattr(segments, "PIECE", 8)
+    values, lengths = torch.randn(sum(sizes), dtype=torch.float64), torch.tensor(sizes)
+    expected = segments._by_segments(values, lengths, how)
+    torch.testing.assert_close(segments._reduced_in_pieces(values, lengths, how), expected, rtol=1e-14, atol=1e-14)
+    if len(sizes) > 1 and sizes[-1]:  # the same bits in other company
+        alone = segments._reduced_in_pieces(values[-sizes[-1] :], lengths[-1:], how)
+        assert torch.equal(alone[0], segments._reduced_in_pieces(values, lengths, how)[-1])
+
+
+@pytest.mark.parametrize("sizes", [[5], [64], [3, 64, 0, 200, 1], [64, 64], [0]])
+@pytest.mark.parametrize("how", ["sum", "amin", "amax"])
+def test_long_and_short_runs(monkeypatch: pytest.MonkeyPatch, how: str, sizes: list[int]) -> None:
+    monkeypatch.setattr(segments, "LONG", 64)
+    values, lengths = torch.randn(sum(sizes), dtype=torch.float64), torch.tensor(sizes)
+    got = segments._reduced(values, lengths, how)
+    torch.testing.assert_close(got, segments._by_segments(values, lengths, how), rtol=1e-14, atol=1e-14)
+    alone = [segments._reduced(part, torch.tensor([len(part)]), how) for part in values.split(sizes)]
+    assert torch.equal(torch.cat(alone), got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [[0], [1], [0, 7, 0, 300], [50, 50, 50]])
+def test_groups_by_sorting_as_on_a_gpu(sizes: list[int], dtype: torch.dtype) -> None:
+    key = torch.randint(-3, 4, (sum(sizes),)).to(dtype) * 0.5
+    for value in (torch.nan, torch.inf, -torch.inf, -0.0):
+        key[torch.rand(len(key)) < 0.1] = value
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+    hashed, ordered = (form(offsets, key + 0.0) for form in (segments.Segments._by_hashing, segments.Segments._by_sorting))
+    assert hashed.groups is not None
+    torch.testing.assert_close(hashed.groups, ordered.groups, rtol=0, atol=0, equal_nan=True)
+    assert hashed.groups_per_task == ordered.groups_per_task
+    assert torch.equal(hashed.lengths, ordered.lengths)
+    values = torch.randn(len(key))
+    for measure, function in segments.MEASURES.items():
+        one, other = (function(runs.arrange(values), runs) for runs in (hashed, ordered))
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, equal_nan=True, msg=measure)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [*SIZES, [100_003, 0, 5]])
+@pytest.mark.parametrize(("name", "arguments"), KERNELS)
+def test_on_a_gpu(name: str, arguments: dict[str, Any], sizes: list[int], dtype: torch.dtype) -> None:
+    batch, kernel = tables(sizes, dtype), registry.get(name)
+    got = kernel.run(**{key: value.cuda() for key, value in batch.items()}, columns=COLUMNS, **arguments)
+    expected = kernel.run(**batch, columns=COLUMNS, **arguments)
+    for key, parts in expected.items():
+        for one, other in zip(got[key], parts, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "arguments"), KERNELS)
+def test_a_gpu_is_waited_for_once_at_most(name: str, arguments: dict[str, Any]) -> None:
+    batch = {key: value.cuda() for key, value in tables([1000, 3]).items()}
+    kernel = registry.get(name)
+    kernel.run(**batch, columns=COLUMNS, **arguments)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            kernel.run(**batch, columns=COLUMNS, **arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(item.message) for item in record) <= 1
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from source_tree import PACKAGES, ROOT, find_imports, imports_of, package_files
 OURS = tuple(f"penstock.{name}" for name in PACKAGES)
 
 # What the other packages may use of the broker: the words of the protocol, never the core, the policy or the server.
-PROTOCOL = tuple(f"penstock.broker.{name}" for name in (
-    "address", "columns", "curve", "errors", "keys", "protocol", "settings", "wire",
-))  # fmt: skip
+# And how memory is shared.
+_WORDS = ("address", "columns", "curve", "errors", "keys", "protocol", "settings", "wire")
+_MEMORY = ("arena", "peer_memory", "segments", "shared")
+PROTOCOL = tuple(f"penstock.broker.{name}" for name in (*_WORDS, *_MEMORY))
 
 ALLOWED = {
     "broker": ("penstock.broker",),

@@ -109,7 +109,12 @@ def unattached() -> protocol.Fault:
 
 
 def start_worker(broker_url: str, state_dir: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A worker process on the CPU with the tests' kernels."""
+    """A worker process on the CPU with the tests' kernels: the worker itself, without a supervisor."""
+    return start_command(broker_url, state_dir, "--unsupervised", *arguments)
+
+
+def start_command(broker_url: str, state_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`penstock worker` on the CPU with the tests' kernels, as a user starts it."""
     command = [
         sys.executable, "-P", "-m", "penstock.worker", "--broker", broker_url, "--device", "cpu", "--name", "cpu-0",
         "--kernels", "worker_kernels", "--state-dir", str(state_dir), "--threads", "1", *arguments,

@@ -24,7 +24,7 @@ def attached() -> Link:
 
 def answer(link: Link, lease: int) -> protocol.WorkerFinal:
     final = Final(lease, [Answer(0, 1, ROW)], {})
-    (frames,) = link.encode(final)
+    [(frames, _)] = link.encode(final)
     link.sent(final)
     message = decode(protocol.FROM_WORKER, received(frames))
     assert isinstance(message, protocol.WorkerFinal)
@@ -141,7 +141,7 @@ def test_a_block_that_is_too_large_for_a_header_is_cut() -> None:
 def check_pieces(answers: list[Answer], num_rows: int) -> None:
     messages = encode_answers(9, answers, {"compute_ms": 1.0}, (3, 4))
     assert len(messages) > 1
-    finals = [decode(protocol.FROM_WORKER, received(frames)) for frames in messages]
+    finals = [decode(protocol.FROM_WORKER, received(frames)) for frames, _ in messages]
     rows: list[int] = []
     for final in finals:
         assert isinstance(final, protocol.WorkerFinal)

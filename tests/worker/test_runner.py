@@ -225,8 +225,11 @@ def test_out_of_memory_in_disguise(raised: Exception, is_memory: bool) -> None:
     assert ("ran out of memory" in row.message) == is_memory
 
 
-def test_a_broken_device_ends_the_batch_and_tells() -> None:
-    @kernel("breaks", max_batch_size=8)
+@pytest.mark.parametrize("idempotent", [True, False])
+def test_a_broken_device_ends_the_batch_and_tells(idempotent: bool) -> None:
+    """What may run again is left without an answer, for the broker to find the guilty row; the rest must not."""
+
+    @kernel("breaks", max_batch_size=8, idempotent=idempotent)
     def breaks(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -234,7 +237,24 @@ def test_a_broken_device_ends_the_batch_and_tells() -> None:
     answers, _, fault = runner.run(assign(1, "breaks", tensor_block(column(1, 2, 3, 4))), 0.0)
     assert fault is not None
     assert runner.num_runs == 1
-    assert all(isinstance(row, Error) for row in by_row(answers, 4).values())
+    if idempotent:
+        assert answers == []
+    else:
+        assert all(isinstance(row, Error) and "illegal memory" in row.message for row in by_row(answers, 4).values())
+
+
+def test_rows_answered_before_the_device_broke_keep_their_answers() -> None:
+    @kernel("worse", max_batch_size=8)
+    def worse(x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            raise ValueError("one at a time")
+        if x[0, 0] == 2:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return x
+
+    answers, _, fault = make_runner(worse).run(assign(1, "worse", tensor_block(column(1, 2, 3, 4))), 0.0)
+    assert fault is not None
+    assert [(a.start, a.stop, a.error) for a in answers] == [(0, 1, None)]
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_a_broker_that_starts_again_gets_hello_and_ready(broker: FakeBroker, sta
         assert again.expect(protocol.WorkerFinal).lease == 3, "answers to leases of another broker are forgotten"
         again.wait_until(lambda: bool(again.beats), "heartbeats to the new broker")
         log = log_of(tmp_ipc)
-        assert log.count("trying again") == 1
+        assert log.count("trying again") >= 1  # twice if its heartbeats found no answer for a moment
         assert "the broker is back with a new session, epoch 2" in log
     finally:
         again.close()
@@ -387,7 +387,7 @@ def test_a_broker_that_refuses_ends_the_start(broker: FakeBroker, start: Start, 
     worker = start()
     broker.wait_until(lambda: bool(broker.hellos), "hello")
     broker.send(protocol.Fault(error=protocol.Error(Code.NOT_AUTHORISED, "not on my list")))
-    assert worker.wait(20.0) == 1
+    assert worker.wait(20.0) == 77
     assert "the broker refused this worker: not on my list" in log_of(tmp_ipc)
 
 

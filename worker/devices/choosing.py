@@ -1,4 +1,4 @@
-"""The device of this process: which there are, facts for status, memory, waiting for it.
+"""Which devices there are, which one this process takes, facts for status, waiting for it.
 
 Knows torch's backends (cuda, mps, cpu); does not know kernels or batches.
 """
@@ -58,36 +58,6 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """For heartbeats: bytes resident in this process, those of the device, and `used_fraction` of the memory that kernels
-    take theirs from, whoever uses it: the device's own, or else the machine's."""
-    used: dict[str, float] = {"rss_bytes": int(psutil.Process().memory_info().rss)}
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        used |= {
-            "allocated_bytes": torch.cuda.memory_allocated(device),
-            "reserved_bytes": torch.cuda.memory_reserved(device),
-            "peak_bytes": torch.cuda.max_memory_allocated(device),
-            "free_bytes": free,
-            "total_bytes": total,
-            "used_fraction": 1.0 - free / total,
-        }
-        return used
-    used["used_fraction"] = psutil.virtual_memory().percent / 100.0
-    if device.type == "mps":
-        used["allocated_bytes"] = torch.mps.current_allocated_memory()
-    return used
-
-
-def used_bytes(device: torch.device) -> int:
-    """Bytes that kernels hold: the device's, or the process's on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.current_allocated_memory()
-    return int(psutil.Process().memory_info().rss)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,411 @@
+"""Durable tasks through crashes of the broker: what was promised holds, and nothing is promised before it is safe."""
+
+import pytest
+from broker_world import FakeClient, FakeWorker, World, spec, tag, tensor_rows
+
+from penstock.broker import protocol as p
+from penstock.broker.core import ProcessEnded
+from penstock.broker.storage.records import Corrupt, Put
+from penstock.broker.storage.store import MemoryStore
+
+
+def durable_world(**config: object) -> World:
+    return World(store=MemoryStore(), **config)
+
+
+def submit(client: FakeClient, rows: int = 2, **fields: object) -> bytes:
+    return client.submit(rows, is_durable=True, wants_accepted=True, **fields)  # type: ignore[arg-type]
+
+
+def again(world: World, run: bytes, rows: int = 2, **fields: object) -> FakeClient:
+    """The client comes to another broker and submits what it has not heard of."""
+    client = world.client()
+    submit(client, rows, run_id=run, is_again=True, **fields)
+    return client
+
+
+def told(client: FakeClient, run: bytes, rows: int = 2) -> None:
+    assert client.results(run, rows) == [tag(run, row) for row in range(rows)]
+    assert [client.row(run, row).num_finals for row in range(rows)] == [1] * rows
+
+
+# --- promises ----------------------------------------------------------------------------------------------------------
+
+
+def test_accepted_is_said_when_it_is_safe() -> None:
+    w = durable_world()
+    w.worker()
+    client = w.client()
+    submit(client)
+    assert client.take(p.Accepted) == []
+    w.commit()
+    assert len(client.take(p.Accepted)) == 1
+
+
+def test_an_outcome_is_told_when_it_is_safe() -> None:
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    w.commit()
+    worker.finish()
+    assert client.results(run, 2) == [None, None]
+    w.commit()
+    told(client, run)
+
+
+def test_what_follows_a_promise_waits_behind_it() -> None:
+    w = durable_world()
+    worker, client, other = w.worker(batches=3), w.client(), w.client("other")
+    durable = submit(client)
+    quick, elsewhere = client.submit(1), other.submit(1)
+    worker.finish_all()
+    assert client.results(quick) == [None]
+    assert other.results(elsewhere) != [None], "nobody else waits"
+    w.commit()
+    assert client.results(quick) != [None]
+    told(client, durable)
+
+
+def test_tasks_that_are_not_durable_write_nothing() -> None:
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    client.submit(2, key=b"key")
+    worker.finish()
+    assert w.store is not None
+    w.store.commit()
+    assert list(w.store.crash().load()) == []
+
+
+def test_a_broker_without_a_disk_refuses() -> None:
+    w = World()
+    client = w.client()
+    run = submit(client)
+    assert client.refused[run].code == "invalid_input"
+
+
+@pytest.mark.parametrize("reason", ["disk", "results"])
+def test_without_room_durable_tasks_are_refused_and_others_taken(reason: str) -> None:
+    w = durable_world(max_kept_bytes=30)
+    worker, client = w.worker(), w.client()
+    if reason == "disk":
+        w.state.journal.has_room = False
+    else:
+        submit(client)
+        w.commit()
+        worker.finish()
+    run = submit(client)
+    w.commit()
+    assert client.refused[run].code == "overloaded"
+    assert client.refused[run].retry_after_ms is not None
+    plain = client.submit(1)
+    worker.finish()
+    w.commit()
+    assert client.results(plain) != [None]
+
+
+def test_a_kernel_can_be_durable_by_configuration() -> None:
+    w = durable_world(durable_kernels=("echo",))
+    client = w.client()
+    run = client.submit(1, wants_accepted=True)
+    w.commit()
+    w.restart()
+    told(resubmitted(w, run), run, 1)
+
+
+def resubmitted(w: World, run: bytes) -> FakeClient:
+    client = w.client()
+    client.submit(1, run_id=run, wants_accepted=True)
+    w.worker().finish()
+    w.commit()
+    return client
+
+
+# --- crashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_accepted_task_survives() -> None:
+    w = durable_world()
+    run = submit(w.client())
+    w.commit()
+    w.restart()
+    client = again(w, run)
+    w.commit()
+    assert len(client.take(p.Accepted)) == 1
+    worker = w.worker()
+    assert worker.sizes() == [2]
+    worker.finish()
+    w.commit()
+    told(client, run)
+
+
+def test_a_task_that_was_not_accepted_may_be_lost_and_is_taken_again() -> None:
+    w = durable_world()
+    run = submit(w.client())
+    w.restart()
+    client = again(w, run)
+    w.worker().finish()
+    w.commit()
+    told(client, run)
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 2, 3])
+def test_whatever_part_was_written_the_outcome_is_one(num_kept: int) -> None:
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    w.commit()
+    worker.finish()
+    w.restart(num_kept)
+    client, worker = again(w, run), w.worker()
+    if worker.leases:
+        worker.finish()
+    w.commit()
+    told(client, run)
+
+
+def test_a_finished_task_is_not_run_again() -> None:
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    worker.finish()
+    w.commit()
+    w.restart()
+    worker, client = w.worker(), again(w, run)
+    assert not worker.leases
+    w.commit()
+    told(client, run)
+
+
+def test_rows_that_ended_before_the_crash_stay_ended() -> None:
+    w = durable_world()
+    worker, client = w.worker(spec(max_batch_size=1), batches=1), w.client()
+    run = submit(client, 3)
+    worker.finish()
+    w.commit()
+    w.restart()
+    client = again(w, run, 3)
+    worker = w.worker(spec(max_batch_size=8))
+    assert worker.sizes() == [2]
+    worker.finish()
+    w.commit()
+    told(client, run, 3)
+
+
+def test_a_cancelled_task_stays_cancelled() -> None:
+    w = durable_world()
+    client = w.client()
+    run = submit(client)
+    client.send(p.Cancel(id=run))
+    w.commit()
+    w.restart()
+    client = again(w, run)
+    w.commit()
+    assert client.results(run, 2) == ["cancelled", "cancelled"]
+
+
+def test_a_time_limit_counts_on_through_a_restart() -> None:
+    w = durable_world()
+    run = submit(w.client(), timeout_ms=5000.0)
+    w.commit()
+    w.now += 6.0
+    w.restart()
+    client = again(w, run, timeout_ms=5000.0)
+    w.commit()
+    assert client.results(run, 2) == ["deadline_exceeded"] * 2
+
+
+def test_what_is_not_idempotent_and_had_started_is_not_run_again() -> None:
+    w = durable_world()
+    kernel = spec(idempotent=False, max_batch_size=1)
+    w.worker(kernel, batches=1)
+    run = submit(w.client(), 2)
+    w.commit()
+    w.restart()
+    worker = w.worker(kernel, batches=9)
+    client = again(w, run)
+    worker.finish_all()
+    w.commit()
+    assert client.results(run, 2) == ["worker_lost", tag(run, 1)]
+
+
+def test_deaths_count_through_a_restart() -> None:
+    w = durable_world(max_attempts=2)
+    w.worker(pid=5)
+    run = submit(w.client(), 1)
+    w.step(ProcessEnded(5))
+    w.commit()
+    w.restart()
+    w.worker(pid=6)
+    w.step(ProcessEnded(6))
+    client = again(w, run, 1)
+    w.commit()
+    assert client.results(run) == ["dead"]
+
+
+def test_a_durable_task_waits_for_its_kernel_beyond_any_grace() -> None:
+    w = durable_world(worker_grace_s=1.0)
+    run = submit(w.client())
+    w.commit()
+    w.restart()
+    client = again(w, run)
+    w.worker(spec("other"))
+    for _ in range(20):
+        w.advance(1.0)
+        client.send(p.Heartbeat())
+    assert client.results(run, 2) == [None, None]
+    w.worker(name="late").finish()
+    w.commit()
+    told(client, run)
+
+
+def test_many_crashes_in_a_row() -> None:
+    w = durable_world()
+    run = submit(w.client(), 4)
+    w.commit()
+    for _ in range(4):
+        w.worker(spec(max_batch_size=1), batches=1).finish()
+        w.commit()
+        w.restart()
+    client = again(w, run, 4)
+    w.commit()
+    told(client, run, 4)
+
+
+# --- clients that come and go ------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_can_fetch_by_key_later() -> None:
+    w = durable_world()
+    client = w.client()
+    first = submit(client, key=b"nightly")
+    w.commit()
+    client.send(p.Goodbye())
+    w.worker().finish()
+    w.commit()
+    other = w.client()
+    block = p.Submit(id=b"\1" * 16, kernel="echo", block=tensor_rows(first, 2), is_durable=True, key=b"nightly")
+    other.send(block)
+    w.commit()
+    assert [other.row(b"\1" * 16, row).data for row in range(2)] == [tag(first, 0), tag(first, 1)]
+
+
+def test_a_client_that_comes_back_hears_what_it_missed() -> None:
+    w = durable_world()
+    worker, client = w.worker(spec(max_batch_size=1), batches=1), w.client()
+    run = submit(client, 2)
+    w.commit()
+    client.send(p.Goodbye())
+    worker.finish()
+    w.commit()
+    client = again(w, run)
+    worker.finish()
+    w.commit()
+    told(client, run)
+    assert client.credit[0] == 4096 + 2, "all credit came back"
+
+
+def test_another_principal_does_not_see_it() -> None:
+    w = durable_world()
+    run = submit(w.client())
+    w.commit()
+    w.restart()
+    stranger = w.client(principal="uid:2")
+    submit(stranger, run_id=run)
+    w.worker(batches=9).finish_all()
+    w.commit()
+    assert stranger.row(run).num_finals == 1, "its own task of that id"
+    client = again(w, run)
+    w.commit()
+    told(client, run)
+
+
+def test_an_id_with_other_content_is_a_conflict() -> None:
+    w = durable_world()
+    run = submit(w.client())
+    w.commit()
+    w.restart()
+    client = w.client()
+    submit(client, 3, run_id=run)
+    assert client.refused[run].code == "conflict"
+
+
+# --- how long ----------------------------------------------------------------------------------------------------------
+
+
+def num_records(w: World) -> int:
+    assert w.store is not None
+    w.store.commit()
+    return len(list(w.store.load()))
+
+
+def test_an_outcome_is_kept_until_it_is_acknowledged_and_its_key_for_the_window() -> None:
+    w = durable_world(dedup_window_s=100.0, result_ttl_s=1000.0, session_ttl_s=1e6, liveness_s=1e6)
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    worker.finish()
+    w.commit()
+    w.advance(500.0)
+    assert num_records(w) > 0
+    client.send(p.Ack(seq=client.received))
+    assert run not in w.state.journal._kept
+    w.advance(99.0)
+    assert num_records(w) > 0
+    w.advance(2.0)
+    assert num_records(w) == 0
+    w.restart()
+    assert w.state.ledger.num_open == 0
+
+
+def test_an_outcome_that_nobody_fetches_goes_after_its_time() -> None:
+    w = durable_world(result_ttl_s=1000.0, session_ttl_s=10.0, liveness_s=1e6)
+    worker, client = w.worker(), w.client()
+    submit(client)
+    worker.finish()
+    w.commit()
+    w.advance(999.0)
+    assert num_records(w) > 0
+    assert w.state.journal.num_kept_bytes > 0
+    w.advance(2.0)
+    assert num_records(w) == 0
+    assert w.state.journal.num_kept_bytes == 0
+
+
+def test_an_acknowledged_key_is_remembered_through_a_restart() -> None:
+    w = durable_world(dedup_window_s=100.0)
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    worker.finish()
+    w.commit()
+    client.send(p.Ack(seq=client.received))
+    w.commit()
+    w.restart()
+    worker, client = w.worker(), again(w, run)
+    assert not worker.leases
+    told_again = client.results(run, 2)
+    w.commit()
+    assert told_again in ([None, None], [tag(run, 0), tag(run, 1)])
+    told(client, run)
+
+
+def test_records_of_nobody_are_refused() -> None:
+    store = MemoryStore()
+    store.append([Put(1, 99, [b"?"])])
+    store.commit()
+    with pytest.raises(Corrupt, match="task 1"):
+        World(store=store)
+
+
+def test_workers_are_not_disturbed_by_a_full_turn_of_restored_tasks() -> None:
+    w = durable_world()
+    client = w.client()
+    runs = [submit(client, 1) for _ in range(300)]
+    w.commit()
+    w.restart()
+    worker: FakeWorker = w.worker(batches=1000)
+    worker.finish_all()
+    w.commit()
+    client = w.client()
+    for run in runs:
+        submit(client, 1, run_id=run, is_again=True)
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in runs)
