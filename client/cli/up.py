@@ -36,7 +36,8 @@ BROKER_STOP_S: Final = 40.0
 WORKER_STOP_S: Final = 10.0
 WORKER_GIVES_UP: Final = 87
 """Its supervisor has started it again often enough; see `penstock worker --help`."""
-CANNOT_START: Final = (1, 2, 77)
+REFUSED_STATUS: Final = 77
+CANNOT_START: Final = (1, 2, REFUSED_STATUS)
 """Of a worker: something is missing; wrong settings; the broker does not allow its key."""
 BROKER_GIVES_UP: Final = (2, 3)
 """Wrong settings; the address is taken."""
@@ -370,7 +371,7 @@ class Up:
             self._give_up(1, now)  # it has said why; another try would say the same
         elif child is not self._broker and status == 0:
             self._say(f"{child.name} was drained and has ended")
-        elif child is not self._broker and status == WORKER_GIVES_UP:
+        elif child is not self._broker and status in (WORKER_GIVES_UP, REFUSED_STATUS):
             self._say(f"{child.name} has given up, as told above; the others go on")
             self.exit_status = 1
             if not any(worker.is_running or worker.restart_at is not None for worker in self._workers):
