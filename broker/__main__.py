@@ -2,16 +2,20 @@
 
 import argparse
 import functools
+import resource
 import sys
 from pathlib import Path
 
 from penstock.broker import logs
 from penstock.broker.address import Address, AddressError
 from penstock.broker.configuration import load_settings
+from penstock.broker.door import AlreadyRunning
 from penstock.broker.selftest import SelfTestFailed
-from penstock.broker.server import AlreadyRunning, Server
+from penstock.broker.server import Server
 from penstock.broker.settings import SettingsError
 from penstock.broker.storage.records import StorageError
+
+MAX_DESCRIPTORS = 65_536
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
         "Exit status: 0 stopped, 1 it does not work here, 2 wrong settings, 3 the address is taken, 4 the journal cannot be "
         "read or written.",
     )
-    p.add_argument("--url", help="ipc:///folder, or tcp://127.0.0.1:port (workers at port + 1)")
+    p.add_argument("--url", help="ipc:///folder, or tcp://host:port (workers at port + 1)")
+    p.add_argument("--listen", metavar="URL", help="a tcp address beside it, tcp://0.0.0.0:7777 say; needs keys (docs/keys.md)")
     p.add_argument("--config", type=Path, metavar="FILE", help="a penstock.toml (default: ./penstock.toml if it is there)")
     p.add_argument("--metrics", metavar="HOST:PORT", help="pages for Prometheus and health checks, such as 127.0.0.1:9464")
     p.add_argument("--state-dir", type=Path, metavar="DIR", help="what was learned (default: $XDG_STATE_HOME/penstock)")
@@ -53,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     except StorageError as e:
         return _journal_failed(e)
+    _allow_many_connections()
     try:
         server.run()
     except SelfTestFailed as e:
@@ -66,6 +72,14 @@ def main(argv: list[str] | None = None) -> int:
 def _journal_failed(e: StorageError) -> int:
     print(f"penstock broker: {e}", file=sys.stderr)
     return 4
+
+
+def _allow_many_connections() -> None:
+    """As many as the system lets us: each of them is a descriptor, of strangers, too, until their handshake has failed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MAX_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MAX_IPC_PATH = 100
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -85,29 +86,34 @@ class Address:
         Raises:
             AddressError: what was found is no address.
         """
-        url = explicit or env.get("PENSTOCK_URL") or _read_connection(connection_file(env))
+        url = explicit or env.get("PENSTOCK_URL") or read_connection(env).get("url")
         return cls(url) if url else cls.default(env)
 
 
-def _read_connection(path: Path) -> str | None:
+def read_connection(env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What the connection file says: `url`, `pid`, and `server_key` if the broker wants keys there; {} without a file.
+
+    Raises:
+        AddressError: it is not what a broker writes.
+    """
+    path = connection_file(env)
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as e:
         raise AddressError(f"the connection file {path} cannot be read: {e}") from e
-    url = content.get("url") if isinstance(content, dict) else None
-    if not isinstance(url, str):
+    if not isinstance(content, dict) or not isinstance(content.get("url"), str):
         raise AddressError(f"the connection file {path} names no url: remove it, or start the broker again")
-    return url
+    return content
 
 
-def write_connection(path: Path, address: Address, pid: int) -> None:
-    """Publish the address, mode 0600, replacing an older file at once."""
+def write_connection(path: Path, address: Address, pid: int, server_key: str = "") -> None:
+    """Publish the address, and the broker's public key if it wants keys there; mode 0600, replacing an older file at once."""
     new = path.with_suffix(f".{pid}")
     new.unlink(missing_ok=True)
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-        json.dump({"url": address.url, "pid": pid}, f)
+        json.dump({"url": address.url, "pid": pid} | ({"server_key": server_key} if server_key else {}), f)
     new.replace(path)
 
 

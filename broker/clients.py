@@ -4,7 +4,7 @@ Knows what a client may do and what it is told. Does not know how batches are ma
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,8 +57,8 @@ class Clients:
     Args:
         on_unwanted: called with a lease when nobody waits for any of its rows any more.
         is_settled: whether no kernel is still to be expected; then an unknown one is refused.
-        report: the body of a `status` reply; control: performs an operator's wish.
-        owner: the principal that the broker runs as.
+        report: the body of a `status` reply; control: performs an operator's wish, given who asks.
+        may_operate: whether a principal may act on the broker as a whole.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Clients:
         on_unwanted: Callable[[Lease], None],
         is_settled: Callable[[float], bool],
         report: Callable[[float], dict[str, Any]],
-        control: Callable[[str, str, float], Error | None],
-        owner: str = "",
+        control: Callable[[str, str, str, float], Error | None],
+        may_operate: Callable[[str], bool] = lambda principal: False,
     ) -> None:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
@@ -77,7 +77,7 @@ class Clients:
         self._absent: dict[tuple[str, str], ClientSession] = {}
         self._on_unwanted = on_unwanted
         self._admission = Admission(state, is_settled)
-        self.jobs = Jobs(state, self, self._admission, owner)
+        self.jobs = Jobs(state, self, self._admission, may_operate)
         self._report = report
         self._control = control
 
@@ -95,7 +95,7 @@ class Clients:
             self._enter(route, principal, m, now, pid)
             return
         session = self.by_route.get(route)
-        if session is None:
+        if session is None or (principal and principal != session.principal):
             self.state.counters["unattached"] += 1
             self._send_fault(route, Code.UNATTACHED, "this address has no session: say hello, or attach")
             return
@@ -117,7 +117,7 @@ class Clients:
             case Control() if m.op in OPS:
                 self.jobs.receive(session, m, now)
             case Control():
-                error = self._control(m.op, m.target, now)
+                error = self._control(session.principal, m.op, m.target, now)
                 self.state.send(FRONT, route, Reply(request=m.request, error=error))
             case Share():
                 self.state.sharing.share(session, m, pid)
@@ -202,6 +202,14 @@ class Clients:
         self.state.sharing.leave(session)
         self._closing.append(session)
 
+    def expel(self, principals: Collection[str]) -> None:
+        """Their keys are allowed no more: their sessions and what is open in them end."""
+        for session in [s for s in self._by_secret.values() if s.principal in principals]:
+            self.state.counters["expelled"] += 1
+            if session.route is not None:
+                self._send_fault(session.route, Code.NOT_AUTHORISED, "this key is not allowed any more")
+            self._leave(session)
+
     def lose_process(self, pid: int) -> None:
         """The kernel says that this process has ended: with it go the sessions that share its memory."""
         for session in [s for s in self._by_secret.values() if s.sharer is not None and s.sharer.pid == pid]:
@@ -221,6 +229,7 @@ class Clients:
 
     def account_of(self, principal: str, name: str) -> Account:
         """Whom the work of a client is charged to."""
+        name = self.state.quotas.account_name(principal, name)
         return self.state.policy.accounts.get(principal, name, self.state.quotas.rules(name).weight)
 
     @staticmethod

@@ -5,15 +5,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from penstock.broker.address import LOOPBACK
+from penstock.broker.address import LOOPBACK, Address
 from penstock.broker.wire import MAX_ROWS
 
 NEEDS_RESTART: Final = (
-    "url", "group_access", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s", "dedup_bytes",
-    "journal", "result_ttl_s", "max_kept_bytes", "min_free_bytes",
+    "url", "listen", "curve", "group_access", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s",
+    "dedup_bytes", "journal", "result_ttl_s", "max_kept_bytes", "min_free_bytes",
 )  # fmt: skip
 """Settings that sockets, peers and the journal were given once, and cannot be given again."""
-_NO_NUMBERS: Final = ("url", "group_access", "metrics", "state_dir", "journal", "durable_kernels")
+_NO_NUMBERS: Final = ("url", "listen", "curve", "group_access", "metrics", "state_dir", "journal", "durable_kernels")
+_CURVE: Final = ("auto", "on", "off")
 JOURNALS: Final = ("disk", "memory")
 _MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s", "shared_bytes")
 _HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
@@ -27,6 +28,11 @@ class BrokerConfig:
     """Address to bind; empty: the default ipc folder."""
     group_access: bool = False
     """On ipc: members of the process's group may connect, too, not its user alone."""
+    listen: str = ""
+    """A tcp address beside `url`, tcp://0.0.0.0:7777 say, for peers on other machines; their keys: docs/keys.md."""
+    curve: str = "auto"
+    """Whether tcp is encrypted and asks for keys. auto: if there are keys, and always beyond this machine; on: never without;
+    off: never, which is for loopback only: every account of the machine may then come in."""
     metrics: str = ""
     """host:port of the pages /metrics, /healthz and /status, on this machine only; empty: none."""
     state_dir: Path | None = None
@@ -93,6 +99,10 @@ class BrokerConfig:
             raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")
         if self.liveness_s * 1000 < 2 * self.heartbeat_ms:
             raise ValueError("liveness_s must be at least two heartbeats")
+        if self.curve not in _CURVE:
+            raise ValueError(f"curve must be {', '.join(_CURVE)}, not {self.curve!r}")
+        if self.listen and Address(self.listen).is_ipc:
+            raise ValueError(f"listen is tcp://host:port, not {self.listen!r}")
         if self.metrics:
             self.metrics_endpoint()
 

@@ -4,8 +4,8 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Protocol
 
 from penstock.broker import reports
 from penstock.broker.clients import Clients
@@ -88,11 +88,24 @@ class Copied:
 Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop | Copied
 
 
+class KeyList(Protocol):
+    """Who may connect with a key, kept by the shell."""
+
+    def reload(self) -> frozenset[str]:
+        """Read it again: the principals whose keys are allowed no more. Raises ValueError: it cannot be used."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """For status."""
+        ...
+
+
 class Core:
     """See the module. `epoch` is drawn by the shell: below 2**31, different at every start.
 
-    `configuration` reads the settings again when asked to; without one there is nothing to reload. `memory` opens what peers
-    on this machine share; without it nothing is. `owner` is the principal that this process runs as.
+    `configuration` reads the settings again when asked to; without one there is nothing to reload. `operators` are the
+    principals that may control the broker, beside those whose key has the role of an admin. `memory` opens what peers on this
+    machine share; without it nothing is.
     """
 
     def __init__(
@@ -105,10 +118,12 @@ class Core:
         pid: int = 0,
         configuration: Configuration | None = None,
         metrics: Metrics | None = None,
+        operators: Collection[str] = (),
         memory: HostMemory | None = None,
-        owner: str = "",
     ) -> None:
         self.pid = pid
+        self.gate: KeyList | None = None
+        self._operators = operators
         self._configuration = configuration
         if policy is None:
             policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
@@ -116,7 +131,7 @@ class Core:
         self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics(), memory)
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
-        self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control, owner)
+        self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control, self._may_operate)
         self.workers = Workers(self.state, self.clients)
         self.dispatch = Dispatch(self.state, self.workers.assign, self._give_up)
         self.workers.dispatch = self.dispatch
@@ -263,7 +278,14 @@ class Core:
             Send(BACK, r, goodbye) for r in self.workers.by_route
         ]
 
-    def _control(self, op: str, target: str, now: float) -> Error | None:
+    def _may_operate(self, principal: str) -> bool:
+        return principal in self._operators or principal.startswith("admin:")
+
+    def _control(self, principal: str, op: str, target: str, now: float) -> Error | None:
+        if not self._may_operate(principal):
+            self.state.counters["refused_not_authorised"] += 1
+            text = f"{principal} may not control this broker: that is for its own user, and for keys of the role admin"
+            return Error(Code.NOT_AUTHORISED, text)
         if op == "reload":
             return self.reload(now)
         if op != "drain":
@@ -278,7 +300,25 @@ class Core:
     # --- configuration ---------------------------------------------------------------------------------------------
 
     def reload(self, now: float) -> Error | None:
-        """Read the settings again and go by them; the last good ones stay if they cannot be used."""
+        """Read keys and settings again and go by them; the last good ones of each stay if they cannot be used."""
+        keys_error = self._reload_keys(now)
+        settings_error = self._reload_settings(now)
+        return keys_error or settings_error
+
+    def _reload_keys(self, now: float) -> Error | None:
+        """A revoked key is out at once, whatever the settings are like and whether they are rolled back."""
+        if self.gate is None:
+            return None
+        try:
+            gone = self.gate.reload()
+        except ValueError as e:
+            self.state.events.add(SchedulingEvent(now, "reload_refused", "keys", str(e)))
+            return Error(Code.INVALID, f"the keys stay as they are: {e}")
+        self.clients.expel(gone)
+        self.workers.expel(gone, now)
+        return None
+
+    def _reload_settings(self, now: float) -> Error | None:
         if self._configuration is None:
             return Error(Code.INVALID, "this broker was started without a configuration to read again")
         try:
@@ -333,6 +373,7 @@ class Core:
             "kernels": {name: dict(spec.wire) for name, spec in state.kernels.known.items()},
             "shared": state.sharing.report(),
             "counters": dict(state.counters),
+            **({} if self.gate is None else {"security": self.gate.report()}),
             **({} if self._configuration is None else {"config": self._configuration.report(now)}),
         }  # fmt: skip
 

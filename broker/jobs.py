@@ -36,14 +36,16 @@ class Jobs:
     """The durable tasks of every principal.
 
     Args:
-        owner: the principal that this broker runs as, which may back up; nobody may if it is empty.
+        may_operate: whether a principal may act on the broker as a whole, and so may back up.
     """
 
-    def __init__(self, state: BrokerState, clients: "Clients", admission: Admission, owner: str) -> None:
+    def __init__(
+        self, state: BrokerState, clients: "Clients", admission: Admission, may_operate: Callable[[str], bool]
+    ) -> None:
         self._state = state
         self._clients = clients
         self._admission = admission
-        self._owner = owner
+        self._may_operate = may_operate
         self._copies: dict[str, tuple[ClientSession, int]] = {}
         self._ops: dict[str, Callable[[ClientSession, Control, float], dict[str, Any]]] = {
             "requeue": self._requeue, "cancel": self._cancel, "drop": self._drop,
@@ -175,8 +177,8 @@ class Jobs:
     def _back_up(self, session: ClientSession, m: Control) -> None:
         """Have the journal copied; the answer comes when it is done."""
         journal, waiting = self._journal(), self._copies.get(m.target)
-        if session.principal != self._owner:
-            raise Refusal(Code.NOT_AUTHORISED, "only the user that the broker runs as may back it up, over ipc")
+        if not self._may_operate(session.principal):
+            raise Refusal(Code.NOT_AUTHORISED, "only the broker's own user, and keys of the role admin, may back it up")
         if waiting is not None and waiting != (session, m.request):
             raise Refusal(Code.CONFLICT, f"a backup to {m.target} is under way")
         if waiting is None:

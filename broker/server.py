@@ -1,9 +1,10 @@
-"""The broker's shell: the file with the broker's ZeroMQ sockets. Polls, drains, hands events to the core, performs actions.
+"""The broker's shell: the loop around the broker's ZeroMQ sockets. Polls, drains, hands events to the core, performs actions.
 
 Knows ZeroMQ, signals and whom to ask when something else is ready. Decides nothing.
 """
 
 import fcntl
+import functools
 import gc
 import logging
 import os
@@ -19,15 +20,29 @@ from penstock.broker.address import Address, connection_file, remove_connection,
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
+from penstock.broker.door import AlreadyRunning, Door
 from penstock.broker.durable import DurableJournal
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
+from penstock.broker.gate import Gate
 from penstock.broker.journal import Journal
+from penstock.broker.keys import KeyFolder
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.notify import Notifier
 from penstock.broker.pages import pages_of
 from penstock.broker.processes import Processes
 from penstock.broker.promises import Promises
-from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, Attach, Hello, Share, WorkerHeartbeat, WorkerHello
+from penstock.broker.protocol import (
+    FROM_CLIENT,
+    FROM_WORKER,
+    Attach,
+    Code,
+    Error,
+    Fault,
+    Hello,
+    Share,
+    WorkerHeartbeat,
+    WorkerHello,
+)
 from penstock.broker.responder import Responder
 from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
@@ -40,10 +55,9 @@ log = logging.getLogger("penstock.broker")
 
 # Plain integers: pyzmq's enum flags cost more than the calls they are given to. So does asking a socket for EVENTS, which
 # is why the poller, one call for everything, is asked instead.
-_SNDMORE, _NOBLOCK = int(zmq.SNDMORE), int(zmq.NOBLOCK)
+_SNDMORE, _NOBLOCK, _SRCFD = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.SRCFD)
 MAX_MESSAGES_PER_TURN = 128
 MAX_INTAKE_S = 0.005
-MAX_SEND_BACKLOG = 20_000
 FAREWELL_S = 0.2
 SELF_TEST_S = 10.0
 CLOSE_S = 30.0
@@ -54,34 +68,38 @@ COPIED_BYTES = 2048
 """Up to here a received frame is copied: keeping a frame object costs more memory than the copy takes time."""
 
 
-class AlreadyRunning(RuntimeError):
-    """Another broker owns the address."""
+_REVOKED = Fault(error=Error(Code.NOT_AUTHORISED, "this key is not allowed any more"))
 
 
 class Server:
     """One broker process.
 
     Args:
-        address: where to listen; beyond this machine is refused.
+        address: where to listen, beside the tcp address that `listen` of the settings may name.
         load: reads all settings again.
+    Raises:
+        ValueError: an address beyond this machine, and no keys that would keep strangers out.
     """
 
     def __init__(self, settings: Settings, address: Address, load: Callable[[], Settings]) -> None:
-        if not address.is_local:
-            raise ValueError(f"{address.url}: the broker binds to ipc and loopback only")
         now = time.monotonic()
         self.address = address
+        self._addresses = [address, *([Address(settings.broker.listen)] if settings.broker.listen else [])]
+        keys = KeyFolder(settings.broker.state_dir)
+        wants_keys = _wants_keys(self._addresses, settings.broker.curve, keys.has_any)
         self.core = Core(
             settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, journal=_journal(settings.broker, now),
             pid=os.getpid(), configuration=Configuration(settings, load, now),
             metrics=Metrics() if settings.broker.metrics else NoMetrics(), memory=host_memory() if address.is_ipc else None,
-            owner=f"uid:{os.geteuid()}",
+            operators=frozenset(("uid:0", f"uid:{os.getuid()}")),
         )  # fmt: skip
         self.longest_turn_s = 0.0
         self._lock: Any = None
         self._context = zmq.Context()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._sides: dict[Any, str] = {}
+        self._gate = Gate(self._context, keys, self.core.state.counters) if wants_keys else None
+        self.core.gate = self._gate
+        self._doors: list[Door] = []
+        self._owners: dict[Any, Callable[[], None]] = {}
         self._types = {FRONT: FROM_CLIENT, BACK: FROM_WORKER}
         self._poller = zmq.Poller()
         self._processes = Processes(self._poller)
@@ -112,9 +130,7 @@ class Server:
             folder = self.address.folder
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = _lock(folder / "broker.lock", self.address)
-        for side, endpoint in ((FRONT, self.address.front), (BACK, self.address.back)):
-            self._sockets[side] = s = self._bind(endpoint)
-            self._sides[s] = side
+        self._open_doors()
         if self.config.metrics:
             host, port = self.config.metrics_endpoint()
             port = self._responder.open(host, port)
@@ -145,37 +161,36 @@ class Server:
         keeper.restore()
         self._keepers.append(keeper)
 
-    def _bind(self, endpoint: str) -> "zmq.Socket[bytes]":
-        s = self._context.socket(zmq.ROUTER)
-        s.set(zmq.ROUTER_MANDATORY, 1)
-        s.set(zmq.IPV6, int("[" in endpoint))
-        s.set(zmq.SNDHWM, MAX_SEND_BACKLOG)
-        s.set(zmq.RCVHWM, MAX_SEND_BACKLOG)
-        s.set(zmq.MAXMSGSIZE, self.config.max_message_bytes)
-        s.set(zmq.LINGER, 1000)
-        s.set(zmq.HEARTBEAT_IVL, 2000)
-        s.set(zmq.HEARTBEAT_TIMEOUT, 8000)
-        old_umask = os.umask(0o077)
-        try:
-            s.bind(endpoint)
-            if self.address.is_ipc and self.config.group_access:
-                os.chmod(endpoint.removeprefix("ipc://"), 0o660)
-        except zmq.ZMQError as e:
-            if e.errno == zmq.EADDRINUSE:
-                raise AlreadyRunning(f"{endpoint} is in use: a broker is running there") from e
-            raise ValueError(f"cannot listen at {endpoint}: {e.strerror}") from e
-        finally:
-            os.umask(old_umask)
-        return s
+    def _open_doors(self) -> None:
+        """Bind all sockets, and see that strangers stay out."""
+        config, counters = self.config, self.core.state.counters
+        for address in self._addresses:
+            for side in (FRONT, BACK):
+                door = Door(len(self._doors), side, address, self._gate, self._context)
+                self._doors.append(door)
+                self._owners[door.socket] = functools.partial(self._receive, door)
+                door.open(config.max_message_bytes, config.group_access)
+        if self._gate is not None:
+            self._owners[self._gate.socket] = self._gate.turn
+            for door in self._doors:
+                if door.gate is not None:
+                    self._gate.check(door.side, door.endpoint)
+        for door in self._doors:
+            door.watch(2 * max(config.max_message_bytes, config.window_bytes), counters)
+            if door.connections is not None:
+                self._owners[door.connections.events] = door.connections.turn
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then let what is open finish."""
         self._signals.install()
         published = connection_file()
         published.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_connection(published, self.address, os.getpid())
+        server_key = "" if self._gate is None or self.address.is_ipc else self._gate.public_key
+        write_connection(published, self.address, os.getpid(), server_key)
         _tune_gc()
-        log.info("broker %d listens at %s", os.getpid(), self.address.url)
+        for address in self._addresses:
+            guard = "" if address.is_ipc else ", with keys" if self._gate is not None else ", open to every account here"
+            log.info("broker %d listens at %s%s", os.getpid(), address.url, guard)
         try:
             self._loop()
         finally:
@@ -188,8 +203,10 @@ class Server:
             keeper.close()
         self._responder.close()
         self._processes.close()
-        for s in self._sockets.values():
-            s.close()
+        for door in self._doors:
+            door.close()
+        if self._gate is not None:
+            self._gate.close()
         self._context.term()
         if self._store is not None:
             self._store.close()
@@ -199,7 +216,7 @@ class Server:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        for source in (*self._sockets.values(), self._signals.fd):
+        for source in (*self._owners, self._signals.fd):
             self._poller.register(source, zmq.POLLIN)
         self._responder.attach(self._poller)
         self._test_itself()
@@ -219,7 +236,10 @@ class Server:
             self._turn(int(1000.0 * left) + 1)
 
     def _test_itself(self) -> None:
-        """Take part as a stranger would, before anybody is told that this broker is ready. Raises SelfTestFailed."""
+        """Take part as a stranger would, before anybody is told that this broker is ready; where strangers need a key, the gate
+        has tried that. Raises SelfTestFailed."""
+        if not self.address.is_ipc and self._gate is not None:
+            return
         end = time.monotonic() + SELF_TEST_S
 
         def turn() -> bool:
@@ -235,9 +255,10 @@ class Server:
 
     def _wait_ms(self) -> int | None:
         now = time.monotonic()
-        dues = (
+        dues = [
             self.core.next_deadline(now), self._responder.next_deadline(), self._notifier.next_deadline(), self._stop_at,
-        )  # fmt: skip
+        ]  # fmt: skip
+        dues += [door.connections.next_deadline() for door in self._doors if door.connections is not None]
         due = min((at for at in dues if at is not None), default=None)
         return None if due is None else max(0, int((due - now) * 1000.0) + (due > now))
 
@@ -252,7 +273,7 @@ class Server:
                 if isinstance(source, int):
                     self._take_other(source)
                 else:
-                    self._receive(self._sides[source], source)
+                    self._owners[source]()
             ready = self._poller.poll(0)
         if not ready:
             for pid in self._processes.ended():  # what a process sent before its end has come first
@@ -263,6 +284,9 @@ class Server:
             self._notifier.ready(self._status())
         self._handle(Turn())
         self._responder.sweep(started)
+        for door in self._doors:
+            if door.connections is not None:
+                door.connections.sweep(started)
         for keeper in self._keepers:
             keeper.turn(started)
         if self._store is not None and started - self._looked_at > ROOM_S:
@@ -287,8 +311,12 @@ class Server:
         elif self._processes.owns(fd):
             self._processes.handle(fd)
 
-    def _receive(self, side: str, s: "zmq.Socket[bytes]") -> None:
-        route = s.recv(_NOBLOCK)
+    def _receive(self, door: Door) -> None:
+        s = door.socket
+        try:
+            route = door.tag + s.recv(_NOBLOCK)
+        except zmq.Again:  # the poller saw the first frame of a message whose sender was cut off
+            return
         first: Any = s.recv(_NOBLOCK, copy=False)
         frame, frames = first, list[Any]()
         frames.append(first.bytes)
@@ -296,25 +324,31 @@ class Server:
             frame = s.recv(_NOBLOCK, copy=False)
             if len(frames) <= MAX_FRAMES:
                 frames.append(frame if len(frame) > COPIED_BYTES else frame.bytes)
-        try:
-            message = decode(self._types[side], frames)
-        except ProtocolError as e:
-            self._handle(Malformed(side, route, str(e)))
-            return
         principal, pid = "", 0
-        if isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
-            principal, pid = self._identify(first)
+        if door.gate is not None:  # with every message: a key may be revoked while its connection stands
+            principal, _ = door.identify(first)
+            if not principal:
+                self._turn_away(door, route, first)
+                return
+        if door.connections is not None:
+            door.connections.heard(first.get(_SRCFD))
+        try:
+            message = decode(self._types[door.side], frames)
+        except ProtocolError as e:
+            self._handle(Malformed(door.side, route, str(e)))
+            return
+        if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
+            principal, pid = door.identify(first)
         if isinstance(message, WorkerHello | Share):
             self._processes.watch(pid)
-        self._handle(Received(side, route, principal, message, pid))
+        self._handle(Received(door.side, route, principal, message, pid))
 
-    def _identify(self, frame: zmq.Frame) -> tuple[str, int]:
-        """Who sent it, as the kernel knows: on ipc the peer's uid and process."""
-        peer = str(frame.get("Peer-Address"))
-        if self.address.is_ipc:
-            _, uid, _, pid = peer.split(":")
-            return f"uid:{uid}", int(pid)
-        return "loopback", 0
+    def _turn_away(self, door: Door, route: bytes, frame: Any) -> None:
+        """A key that was revoked: say so, and end its connection."""
+        self.core.state.counters["refused_revoked"] += 1
+        if door.connections is not None:
+            door.connections.heard(frame.get(_SRCFD), must_go=True)
+        self._perform([Send(door.side, route, _REVOKED)])
 
     def _handle(self, event: Any) -> None:
         self._perform(self.core.handle(event, time.monotonic()))
@@ -323,9 +357,9 @@ class Server:
         self._promises.perform(actions, self.core.take_writes())
 
     def _send(self, action: Send) -> None:
-        s, frames = self._sockets[action.side], encode(action.message)
+        s, frames = self._doors[action.route[0]].socket, encode(action.message)
         try:
-            s.send(action.route, _SNDMORE | _NOBLOCK)
+            s.send(action.route[1:], _SNDMORE | _NOBLOCK)
         except zmq.ZMQError as e:
             # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
             if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
@@ -344,6 +378,18 @@ def _journal(config: BrokerConfig, now: float) -> Journal:
     return DurableJournal(
         config.dedup_window_s, config.dedup_bytes, config.result_ttl_s, config.max_kept_bytes, time.time() - now
     )
+
+
+def _wants_keys(addresses: list[Address], curve: str, has_keys: bool) -> bool:
+    """Whether peers on tcp must show keys. Raises ValueError: they would have to, and cannot."""
+    tcp = [address for address in addresses if not address.is_ipc]
+    far = [address.url for address in tcp if not address.is_local]
+    if far and curve == "off":
+        raise ValueError(f"{far[0]} can be reached from other machines: it needs keys, so take away curve = \"off\"")
+    if tcp and not has_keys and (far or curve == "on"):
+        where = f"{far[0]} can be reached from other machines" if far else f"curve = \"on\" wants keys at {tcp[0].url}"
+        raise ValueError(f"{where}, and no key is allowed: run `penstock keys new NAME --role worker` first (docs/keys.md)")
+    return bool(tcp) and has_keys and curve != "off"
 
 
 def _lock(path: Path, address: Address) -> Any:

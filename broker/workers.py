@@ -3,7 +3,7 @@
 Knows what a worker holds and when it is lost. Does not know who gets a batch next, nor how clients are told.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from penstock.broker.clients import Clients
@@ -65,7 +65,7 @@ class Workers:
             self._heartbeat(route, principal, m, now)
             return
         worker = self.by_route.get(route)
-        if worker is None:
+        if worker is None or (principal and principal != worker.principal):
             self.state.counters["unattached"] += 1
             self._send_unattached(route)
             return
@@ -190,6 +190,14 @@ class Workers:
         for lease in list(worker.leases.values()):
             self._recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone)
         self.rebind(now)
+
+    def expel(self, principals: Collection[str], now: float) -> None:
+        """Their keys are allowed no more: what they hold goes to others."""
+        for worker in [w for w in self.by_secret.values() if w.principal in principals]:
+            self.state.counters["expelled"] += 1
+            error = Error(Code.NOT_AUTHORISED, "this key is not allowed any more")
+            self.state.send(BACK, worker.route, Fault(error=error))
+            self.lose(worker, "its key was revoked", now, is_suspect=False)
 
     def sweep(self, now: float) -> None:
         """Lose workers that are silent, or that hold work and make no progress."""

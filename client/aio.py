@@ -8,9 +8,11 @@ import os
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from penstock.broker.address import Address
+from penstock.broker.keys import find_key
 from penstock.client.aio_line import AsyncLine
 from penstock.client.aio_task import AsyncStream, AsyncTask
 from penstock.client.bundler import Window
@@ -185,12 +187,15 @@ class AsyncClient(AsyncVerbs):
         name: str | None = None,
         timeout: float | None = UNCHANGED,
         connect_timeout: float | None = None,
+        key: str | Path | None = None,
         config: ClientConfig | None = None,
     ) -> None:
-        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout)
+        path = None if key is None else Path(key)
+        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout, key=path)
         found = Address.find(address)
         session = Session(config, config.shown_name, os.urandom)
-        line = AsyncLine(session, found.front, found.url, config.connect_timeout, config.linger_s)
+        own_key = find_key(config.key, found)
+        line = AsyncLine(session, found.front, found.url, config.connect_timeout, config.linger_s, own_key)
         super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from penstock.broker.keys import OwnKey
 from penstock.broker.wire import Message
 from penstock.client.link import Link
 from penstock.client.news import safely
@@ -21,12 +22,14 @@ from penstock.client.session import Session
 class AsyncLine:
     """One connection to a broker for one event loop: that of its first use."""
 
-    def __init__(self, session: Session, endpoint: str, where: str, connect_timeout: float, linger_s: float) -> None:
+    def __init__(
+        self, session: Session, endpoint: str, where: str, connect_timeout: float, linger_s: float, key: OwnKey | None = None
+    ) -> None:
         self.session = session
         self._where = where
         self._connect_timeout = connect_timeout
         self._linger_s = linger_s
-        self._link = Link(session, endpoint)
+        self._link = Link(session, endpoint, key)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._fd, self._watched_socket = -1, -1
@@ -58,6 +61,7 @@ class AsyncLine:
         self._loop = asyncio.get_running_loop()
         session.open(time.monotonic())
         is_up = await self.wait(lambda: session.has_met_broker, self._connect_timeout)
+        self._link.look()
         self.check_usable()
         if not is_up:
             raise session.unreachable(self._where)

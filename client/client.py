@@ -7,9 +7,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from penstock.broker.address import Address
+from penstock.broker.keys import find_key
 from penstock.client import completed
 from penstock.client.bundler import Window
 from penstock.client.catalog import Catalog, Search
@@ -217,7 +219,11 @@ class Client(Verbs):
         name: shown by the broker; the program's name by default.
         timeout: time limit of tasks in seconds (60 by default), None: none. `options(timeout=...)` overrides it.
         connect_timeout: seconds to wait for a broker at first use (5 by default).
+        key: a key file, for a broker on tcp that wants one; else the one that PENSTOCK_KEY names.
         config: all settings at once, instead of the arguments above and other sources.
+
+    Raises:
+        KeyProblem: the key file cannot be used.
 
     Nothing is connected before the first use. Close it, or use it as a context manager: closing ends its open tasks.
     A client does not survive `fork`: make a new one in the child.
@@ -230,12 +236,15 @@ class Client(Verbs):
         name: str | None = None,
         timeout: float | None = UNCHANGED,
         connect_timeout: float | None = None,
+        key: str | Path | None = None,
         config: ClientConfig | None = None,
     ) -> None:
-        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout)
+        path = None if key is None else Path(key)
+        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout, key=path)
         found = Address.find(address)
         session = Session(config, config.shown_name, os.urandom)
-        line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s)
+        own_key = find_key(config.key, found)
+        line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s, own_key)
         super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from penstock.broker.keys import OwnKey
 from penstock.broker.wire import Message
 from penstock.client.news import safely
 from penstock.client.questions import Request
@@ -25,8 +26,10 @@ _lines: "weakref.WeakSet[Line]" = weakref.WeakSet()
 class Line(SharedLink):
     """See the module. These methods take the lock themselves."""
 
-    def __init__(self, session: Session, endpoint: str, where: str, connect_timeout: float, linger_s: float) -> None:
-        super().__init__(session, endpoint)
+    def __init__(
+        self, session: Session, endpoint: str, where: str, connect_timeout: float, linger_s: float, key: OwnKey | None = None
+    ) -> None:
+        super().__init__(session, endpoint, key)
         self._where = where
         self._connect_timeout = connect_timeout
         self._linger_s = linger_s
@@ -53,6 +56,7 @@ class Line(SharedLink):
         with self.lock:
             session.open(time.monotonic())
             is_up = self.wait(lambda: session.has_met_broker, self._connect_timeout)
+            self.link.look()
         self.check_usable()
         if not is_up:
             raise session.unreachable(self._where)

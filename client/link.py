@@ -11,8 +11,11 @@ from typing import Any, Final
 
 import zmq
 from zmq.backend import Socket as BareSocket
+from zmq.utils.monitor import parse_monitor_message
 
 from penstock.broker.columns import FRAMED_ROW_BYTES, Buffer
+from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
+from penstock.broker.keys import OwnKey
 from penstock.client.session import Session
 
 # Plain ints: pyzmq's enum flags cost more than the calls that they go into.
@@ -41,9 +44,11 @@ _OPTIONS: Final = {
 class Link:
     """One session's socket. Not thread-safe: its driver sees to that."""
 
-    def __init__(self, session: Session, endpoint: str) -> None:
+    def __init__(self, session: Session, endpoint: str, key: OwnKey | None = None) -> None:
         self._session = session
         self._endpoint = endpoint
+        self._key = key
+        self._events: zmq.Socket[bytes] | None = None
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self.num_sockets = 0
@@ -61,6 +66,9 @@ class Link:
             for option, value in _OPTIONS.items():
                 socket.setsockopt(option, value)
             socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
+            show_key(socket, self._key)
+            if self._endpoint.startswith("tcp:"):
+                self._events = socket.get_monitor_socket(FAILED_EVENTS)
             socket.connect(self._endpoint)
             self._socket = socket
             self.num_sockets += 1
@@ -85,27 +93,38 @@ class Link:
             self.due = session.next_deadline()
             if now < self.due:
                 return
+            self.look()
             session.tick(now)
             if session.connection.must_reconnect:
                 self._reconnect(now)
 
-    def _reconnect(self, now: float) -> None:
+    def look(self) -> None:
+        """Hear why there is no connection, if that is so: the broker refuses the key, or speaks another mechanism."""
+        while self._events is not None and int(self._events.getsockopt(_EVENTS)) & _POLLIN:
+            event = int(parse_monitor_message(self._events.recv_multipart(_NOBLOCK))["event"])
+            self._session.kept_out(reason(event, self._key), is_refusal(event))
+
+    def _drop(self, linger_ms: int) -> None:
+        if self._events is not None and self._socket is not None:
+            self._socket.disable_monitor()
+            self._events.close(0)
         if self._socket is not None:
-            self._socket.close(0)
-            self._socket = None
+            self._socket.close(linger_ms)
+        self._socket = self._events = None
+
+    def _reconnect(self, now: float) -> None:
+        self._drop(0)
         self._open()
         self._session.reconnected(now)
 
     def close(self, linger_s: float) -> None:
         """Give what was sent `linger_s` to leave, then end the socket."""
-        if self._socket is not None:
-            self._socket.close(int(linger_s * 1000))
-            self._socket = None
+        self._drop(int(linger_s * 1000))
         self._context.term()
 
     def abandon(self) -> None:
         """In a forked child: let go without touching what belongs to the parent."""
-        self._socket = None
+        self._socket = self._events = None
 
 
 def _send(socket: "zmq.Socket[bytes]", frames: list[Buffer]) -> None:

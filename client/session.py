@@ -22,7 +22,7 @@ from penstock.broker.shared import DescriptorError
 from penstock.broker.wire import Message, ProtocolError, VersionError, decode, encode
 from penstock.client.config import ClientConfig
 from penstock.client.connection import ENDED, GREETING, NEW, READY, Connection
-from penstock.client.errors import PenstockError, Unavailable, from_wire
+from penstock.client.errors import NotAuthorised, PenstockError, Unavailable, from_wire
 from penstock.client.questions import Questions, Request
 from penstock.client.receipts import Receipts
 from penstock.client.run import CLOSED, SENT, Options, Row, Run, submit_message
@@ -47,7 +47,7 @@ class Session:
         self._in_flight = self.submissions.flight.runs
         self.error: PenstockError | None = None
         """Why the session has ended for good, if it has."""
-        self.last_fault = ""
+        self.last_fault = self._kept_out = ""
         self.can_send = True
         """Told by the driver: what is due to be sent does not count as due while the socket cannot."""
         self.specs_version = 0
@@ -315,8 +315,17 @@ class Session:
         self._outbox.clear()
         self.connection.greet(now)
 
+    def kept_out(self, why: str, is_final: bool) -> None:
+        """The driver's connection came to no handshake."""
+        if is_final and self.error is None:
+            self._end(NotAuthorised(why))
+        elif not is_final:
+            self._kept_out = why
+
     def unreachable(self, where: str) -> Unavailable:
         """What to raise when no broker has answered at the address `where`."""
+        if self._kept_out:
+            return Unavailable(f"the broker at {where} cannot be used: {self._kept_out}")
         why = f" ({self.last_fault})" if self.last_fault else ""
         return Unavailable(f"no broker at {where}{why}; start one with `penstock up`")
 

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from penstock.broker.keys import OwnKey
 from penstock.client.bell import Bell
 from penstock.client.link import Link
 from penstock.client.news import safely
@@ -50,11 +51,11 @@ class SharedLink:
     `driver` is what the thread that polls is waiting for; the pump waits for nothing.
     """
 
-    def __init__(self, session: Session, endpoint: str) -> None:
+    def __init__(self, session: Session, endpoint: str, key: OwnKey | None = None) -> None:
         self.session = session
         self.lock = threading.Lock()
         self.is_closed = False
-        self.link = Link(session, endpoint)
+        self.link = Link(session, endpoint, key)
         self.driver: IsDone | None = None
         self.sleepers: list[Sleeper] = []
         self.look_up = math.inf

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from penstock.broker import logs
 from penstock.broker.address import Address, AddressError
+from penstock.broker.keys import KeyProblem, OwnKey, find_key
 from penstock.broker.settings import SettingsError, load
 from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, StartError, WorkerConfig
 
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--broker", metavar="URL", help="ipc:///folder or tcp://host:port (default: PENSTOCK_URL, or the local broker)")
+    add("--key", type=Path, metavar="FILE", help="of `penstock keys new`, for a broker on tcp (default: PENSTOCK_KEY)")
     add("--device", help="auto, cpu, mps, cuda or cuda:INDEX (default: auto, the first of cuda:0, mps, cpu)")
     add("--name", help="the name in status and logs (default: made from device and process id)")
     add("--kernels", action="append", metavar="MODULE", help="a module, or a .py file, with kernels; repeatable")
@@ -99,21 +101,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load(WorkerConfig, "worker", file=file, overrides=given)
         address = Address.find(config.broker)
-    except (SettingsError, AddressError) as e:
+        key = find_key(config.key, address)
+    except (SettingsError, AddressError, KeyProblem) as e:
         print(f"penstock worker: {e}", file=sys.stderr)
         return USAGE_STATUS
     logs.configure(config.log_level, "%(asctime)s %(levelname).1s %(message)s")
     if is_unsupervised:
-        return serve(config, address, page, fault)
+        return serve(config, address, key, page, fault)
     from penstock.worker.supervisor import Supervisor
 
     return Supervisor(config, arguments).run()
 
 
-def serve(config: WorkerConfig, address: Address, page: int | None = None, fault: str = "") -> int:
+def serve(
+    config: WorkerConfig, address: Address, key: OwnKey | None = None, page: int | None = None, fault: str = ""
+) -> int:
     """Run a worker in this process until it ends; errors of the start are one line.
 
     Args:
+        key: what to show at the address, if it wants one.
         page: the descriptor of the supervisor's page, if there is a supervisor.
         fault: why the worker before this one has ended, if that was a failure.
     """
@@ -123,14 +129,14 @@ def serve(config: WorkerConfig, address: Address, page: int | None = None, fault
     if page is not None and config.parent is not None:
         end_with(config.parent)
     memory = None if page is None else Page(page).memory
-    worker = Worker(config, address, Watch(memory, config.hang_limit_s, config.first_run_limit_s), fault)
+    worker = Worker(config, address, Watch(memory, config.hang_limit_s, config.first_run_limit_s), fault, key)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, worker.on_signal)
     try:
         status = worker.run()
     except StartError as e:
         print(f"penstock worker: {e}", file=sys.stderr)
-        return 1
+        return e.status
     if status == DEVICE_FAULT_STATUS:
         logging.shutdown()
         os._exit(status)  # taking a broken context down may hang or crash

@@ -22,6 +22,8 @@ MAX_LIMIT_S = 7 * 86400.0
 
 
 DEVICE_FAULT_STATUS = 86
+REFUSED_STATUS = 77
+"""The broker does not allow this worker's key: a person has to do something."""
 """Exit status: the device is broken for this process; a new one may find it well."""
 GAVE_UP_STATUS = 87
 """Exit status: the worker has failed so often in a row that it is not started again."""
@@ -29,7 +31,9 @@ SCANS = ("off", "warn", "fail")
 
 
 class StartError(Exception):
-    """This worker cannot start; the text is one line that says what to change."""
+    """This worker cannot start, or not go on; the text is one line that says what to change."""
+
+    status = 1
 
 
 class DeviceFault(Exception):
@@ -80,6 +84,7 @@ class WorkerConfig:
     options: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     state_dir: Path | None = None
+    key: Path | None = None
     threads: int | None = None
     max_bytes: int = 256 * 1024 * 1024
     slots: int | None = None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import zmq
 
+from penstock.broker.keys import OwnKey
 from penstock.broker.protocol import TO_WORKER, Code, Fault, Heartbeat, WorkerHeartbeat
 from penstock.broker.wire import ProtocolError, decode, encode
 from penstock.worker.transport import POLLIN, Socket, Wake, can_receive, dealer, receive, send
@@ -41,11 +42,13 @@ class Heart(threading.Thread):
         facts: Callable[[], tuple[int, Mapping[str, float]]],
         parent: int | None = None,
         on_orphaned: Callable[[], None] = lambda: None,
+        key: OwnKey | None = None,
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.is_lost = False
         self._context = context
         self._endpoint = endpoint
+        self._key = key
         self._secret = secret
         self._wake = wake
         self._facts = facts
@@ -79,7 +82,7 @@ class Heart(threading.Thread):
     def run(self) -> None:
         while not self._is_stopped:
             # A new session, a new socket: the old one may wait for seconds before it connects again.
-            socket = dealer(self._context, self._endpoint)
+            socket = dealer(self._context, self._endpoint, self._key)
             socket.setsockopt(zmq.LINGER, 0)
             try:
                 self._beat(socket, self._num_sessions)

@@ -19,11 +19,12 @@ import zmq
 from penstock.broker import protocol
 from penstock.broker.address import Address
 from penstock.broker.columns import Buffer
+from penstock.broker.keys import OwnKey
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
 from penstock.broker.segments import Segment
 from penstock.broker.wire import Message, ProtocolError, decode, encode
-from penstock.worker.config import DEVICE_FAULT_STATUS, DeviceFault, StartError, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, REFUSED_STATUS, DeviceFault, StartError, WorkerConfig
 from penstock.worker.heartbeat import Heart
 from penstock.worker.link import ATTACHED, AWAY, GREETED, WELCOME, Final, Link
 from penstock.worker.pressure import Pressure
@@ -66,6 +67,12 @@ class Refused(StartError):
     """The broker does not take this worker; the text says why."""
 
 
+class NotAllowed(Refused):
+    """Nor will it: that is for its owner to change."""
+
+    status = REFUSED_STATUS
+
+
 class Worker:
     """One worker process, from the first hello to goodbye.
 
@@ -73,9 +80,12 @@ class Worker:
         config: the settings; address: where the broker is.
         watch: is told what this process does.
         fault: why the worker before this one has ended, if that was a failure: this one begins slowly, and tells the broker.
+        key: what to show the broker, if it wants one.
     """
 
-    def __init__(self, config: WorkerConfig, address: Address, watch: Watch, fault: str = "") -> None:
+    def __init__(
+        self, config: WorkerConfig, address: Address, watch: Watch, fault: str = "", key: OwnKey | None = None
+    ) -> None:
         self._config = config
         self._address = address
         self._watch = watch
@@ -85,12 +95,13 @@ class Worker:
         self._link = Link(config.session_name, config.device, config.max_bytes)
         self._memory = PeerMemory(config.shared_bytes, is_writable=config.device not in ("cpu", "mps"))
         self._context: zmq.Context[Socket] = zmq.Context()
-        self._socket = dealer(self._context, address.back)
-        self._monitor = Monitor(self._socket)
+        self._socket = dealer(self._context, address.back, key)
+        self._monitor = Monitor(self._socket, key)
         self._wake = Wake()
         self._heart = Heart(
-            self._context, address.back, self._link.secret, self._wake, self._facts, config.parent, self._on_orphaned
-        )
+            self._context, address.back, self._link.secret, self._wake, self._facts, config.parent, self._on_orphaned,
+            key,
+        )  # fmt: skip
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._poller = select.poll()
         for fd in (self._fd, self._wake.fd, self._monitor.fd):
@@ -325,7 +336,9 @@ class Worker:
         """Has the connection broken? A new one may stand already, to a broker that does not know its address."""
         self._looked_at = time.monotonic()
         if self._monitor.has_disconnected():
-            self._lose("the connection is closed")
+            self._lose(self._monitor.problem or "the connection is closed")
+        if self._monitor.refusal:
+            raise NotAllowed(f"{self._address.url}: {self._monitor.refusal}")
 
     def _receive(self) -> None:
         """Take what has come."""
@@ -451,7 +464,8 @@ class Worker:
                 self._lose("it does not know this session")
             return
         if not self._was_welcome or error.code == Code.NOT_AUTHORISED:
-            raise Refused(f"the broker refused this worker: {error.message}")
+            kind = NotAllowed if error.code == Code.NOT_AUTHORISED else Refused
+            raise kind(f"the broker refused this worker: {error.message}")
         log.error("the broker reports: %s (%s)", error.message, error.code)
 
     def _facts(self) -> tuple[int, Mapping[str, float]]:

@@ -17,7 +17,7 @@ from typing import Final
 
 from penstock.broker.notify import Notifier
 from penstock.worker.backoff import Backoff
-from penstock.worker.config import DEVICE_FAULT_STATUS, GAVE_UP_STATUS, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, GAVE_UP_STATUS, REFUSED_STATUS, WorkerConfig
 from penstock.worker.watch import ENDING, IN_KERNEL, Activity, Page
 from penstock.worker.watchdog import Watchdog, what
 
@@ -200,9 +200,9 @@ class Supervisor:
 
     def _is_final(self, status: int, activity: Activity) -> bool:
         """It was drained, or cannot start: another try would end the same. A kernel may end a process with any status."""
-        if status == 0:
-            return activity.state == ENDING
-        return not activity.is_ready and (status == 2 or (status == 1 and not self._was_ready))
+        if status in (0, REFUSED_STATUS) and activity.state == ENDING:
+            return True
+        return not activity.is_ready and (status in (2, REFUSED_STATUS) or (status == 1 and not self._was_ready))
 
     def _describe(self, status: int, activity: Activity) -> str:
         if self._hang is not None:

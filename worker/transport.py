@@ -11,6 +11,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from penstock.broker.columns import Buffer
+from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
+from penstock.broker.keys import OwnKey
 
 RECONNECT_MS = 100
 MAX_RECONNECT_MS = 5000
@@ -21,7 +23,7 @@ _NOBLOCK, _SNDMORE, _EVENTS = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.EVENTS
 Socket = zmq.Socket[bytes]
 
 
-def dealer(context: zmq.Context[Socket], endpoint: str) -> Socket:
+def dealer(context: zmq.Context[Socket], endpoint: str, key: OwnKey | None = None) -> Socket:
     """A DEALER that connects when it can. Sends fail, instead of waiting in a queue, while there is no connection."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -34,6 +36,7 @@ def dealer(context: zmq.Context[Socket], endpoint: str) -> Socket:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         socket.setsockopt(zmq.TCP_MAXRT, 15000)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+    show_key(socket, key)
     socket.connect(endpoint)
     return socket
 
@@ -70,11 +73,16 @@ def send(socket: Socket, frames: Sequence[Buffer]) -> bool:
 
 
 class Monitor:
-    """Tells when a socket's connection breaks. `fd` is to be polled for POLLIN."""
+    """Tells when a socket's connection breaks, and why none comes about. `fd` is to be polled for POLLIN.
 
-    def __init__(self, socket: Socket) -> None:
+    `refusal`: why the broker will not have this worker; `problem`: why the last handshake failed; empty if none did.
+    """
+
+    def __init__(self, socket: Socket, key: OwnKey | None = None) -> None:
+        self.refusal = self.problem = ""
         self._watched = socket
-        self._events = socket.get_monitor_socket(int(zmq.EVENT_DISCONNECTED))
+        self._key = key
+        self._events = socket.get_monitor_socket(int(zmq.EVENT_DISCONNECTED) | FAILED_EVENTS)
         self.fd = int(self._events.getsockopt(zmq.FD))
         self.has_disconnected()  # the descriptor signals only what comes after the socket was found empty
 
@@ -82,8 +90,11 @@ class Monitor:
         """Whether it broke since the last call."""
         has = False
         while can_receive(self._events):
-            event = parse_monitor_message(self._events.recv_multipart(_NOBLOCK))
-            has |= event["event"] == zmq.EVENT_DISCONNECTED
+            event = int(parse_monitor_message(self._events.recv_multipart(_NOBLOCK))["event"])
+            has |= event == zmq.EVENT_DISCONNECTED
+            if event & FAILED_EVENTS:
+                self.problem = reason(event, self._key)
+                self.refusal = self.problem if is_refusal(event) else ""
         return has
 
     def close(self) -> None:

@@ -104,7 +104,10 @@ class _Meter:
 
 
 class Quotas:
-    """Rules by client name: exact, else the longest `prefix*`, else "default", else none; and what each account has used."""
+    """Rules by client name: exact, else the longest `prefix*`, else "default", else none; and what each account has used.
+
+    A name with a colon is a principal: `uid:1000` on ipc, `client:alice` for a key, `client:*` for all keys of a role.
+    """
 
     def __init__(self, rules: Mapping[str, ClientRules]) -> None:
         self._meters: dict[Account, tuple[_Meter, _Meter]] = {}  # tasks, device-seconds; none is full
@@ -118,6 +121,16 @@ class Quotas:
         self._prefixes = [(name[:-1], self._rules.pop(name)) for name in prefixes]
         self.has_any = bool(rules)
         """Whether there is any rule: without one nobody has to ask."""
+
+    def account_name(self, principal: str, name: str) -> str:
+        """What a client's account is called: the principal, where a rule is about it, whatever name the client gives itself.
+
+        So all clients of that principal share one account. A name that looks like a principal is not taken for one.
+        """
+        prefixes = tuple(prefix for prefix, _ in self._prefixes if ":" in prefix)
+        if principal in self._rules or principal.startswith(prefixes):
+            return principal
+        return name.replace(":", "_")
 
     def rules(self, name: str) -> ClientRules:
         """The rules of a client."""

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from penstock.broker.address import AddressError
+from penstock.broker.keys import KeyProblem
 from penstock.broker.settings import SettingsError
-from penstock.client.cli import calls, jobs, looking, programs, values
+from penstock.client.cli import calls, jobs, keys, looking, programs, values
 from penstock.client.cli.arguments import FAILED, INTERRUPTED, NO_BROKER, USAGE, CommandFailed
 from penstock.client.errors import InvalidInput, PenstockError, Unavailable
 
@@ -62,6 +63,7 @@ app.command()(looking.drain)
 app.command()(looking.reload)
 app.command()(looking.doctor)
 app.command(context_settings=_PASS_ON)(programs.simulate)
+app.add_typer(keys.app, name="keys")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         return returned if isinstance(returned, int) else 0
     except _UsageError as e:
         return _fail(f"{_one_line(e.format_message())} (penstock {_command_of(e)}--help shows how)", USAGE)
-    except (AddressError, SettingsError, values.ValueProblem) as e:
+    except (AddressError, KeyProblem, SettingsError, values.ValueProblem) as e:
         return _fail(str(e), USAGE)
     except Unavailable as e:
         return _fail(str(e), NO_BROKER)

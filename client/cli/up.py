@@ -36,6 +36,9 @@ BROKER_STOP_S: Final = 40.0
 WORKER_STOP_S: Final = 10.0
 WORKER_GIVES_UP: Final = 87
 """Its supervisor has started it again often enough; see `penstock worker --help`."""
+REFUSED_STATUS: Final = 77
+CANNOT_START: Final = (1, 2, REFUSED_STATUS)
+"""Of a worker: something is missing; wrong settings; the broker does not allow its key."""
 BROKER_GIVES_UP: Final = (2, 3)
 """Wrong settings; the address is taken."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -62,11 +65,11 @@ def find_address(explicit: str | None, file: Path | None, env: Mapping[str, str]
     Raises:
         AddressError, SettingsError: what was found cannot be used.
     """
-    url = explicit or env.get("PENSTOCK_URL") or _setting("broker", "url", file, env)
+    url = explicit or env.get("PENSTOCK_URL") or setting("broker", "url", file, env)
     return Address(url) if url else Address.default(env)
 
 
-def _setting(section: str, name: str, file: Path | None, env: Mapping[str, str]) -> str | None:
+def setting(section: str, name: str, file: Path | None, env: Mapping[str, str] = os.environ) -> str | None:
     """One setting of another program, from the environment or the file."""
     given = env.get(f"PENSTOCK_{section}_{name}".upper())
     path = file or Path("penstock.toml")
@@ -276,7 +279,7 @@ class Up:
         self._start(self._broker, now)
         devices: list[str | None] = [*config.devices]
         if not devices:
-            own = _setting("worker", "device", config.file, os.environ)
+            own = setting("worker", "device", config.file, os.environ)
             devices = [None]
             if own in (None, "auto") and has_several_devices():
                 command = [sys.executable, "-P", "-m", "penstock.worker", "--list-devices"]
@@ -364,11 +367,11 @@ class Up:
             self._on_devices(status, now)
         elif child is self._broker and status in BROKER_GIVES_UP:
             self._give_up(status, now)
-        elif child is not self._broker and status in (1, 2) and not self.is_ready:
+        elif child is not self._broker and status in CANNOT_START and not self.is_ready:
             self._give_up(1, now)  # it has said why; another try would say the same
         elif child is not self._broker and status == 0:
             self._say(f"{child.name} was drained and has ended")
-        elif child is not self._broker and status == WORKER_GIVES_UP:
+        elif child is not self._broker and status in (WORKER_GIVES_UP, REFUSED_STATUS):
             self._say(f"{child.name} has given up, as told above; the others go on")
             self.exit_status = 1
             if not any(worker.is_running or worker.restart_at is not None for worker in self._workers):

@@ -17,6 +17,8 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "queued": ("queued", {"tasks": "max_tasks"}),
     "scheduling": ("scheduling", {"pairs": "num_pairs", "seconds": "seconds"}),
     "overload": ("overload", {"seconds": "seconds"}),
+    "attacks": ("attacks", {"pairs": "num_pairs", "seconds": "seconds"}),
+    "encryption": ("encryption", {"pairs": "num_pairs", "seconds": "seconds"}),
     "policy": ("policy_cost", {"tasks": "num_tasks", "pairs": "num_rounds"}),
     "prediction": ("prediction", {}),
     "durable": ("durable", {"pairs": "num_pairs", "seconds": "seconds", "tasks": "max_tasks"}),
@@ -47,7 +49,8 @@ def main() -> int:
         description="Measure Penstock on this machine against floors measured in the same run.",
         epilog="throughput: map, submit and call against bare pyzmq. queued: memory and time per queued task. "
         "scheduling: bins against one bin, late binding against sealing, on a real mixed load. overload: ten times what a "
-        "worker can do. policy: what a decision costs. prediction: measured times of the built-in kernels. "
+        "worker can do. attacks: an honest client's calls beside 200 attacks a second. encryption: tcp with keys and without. "
+        "policy: what a decision costs. prediction: measured times of the built-in kernels. "
         "durable: tasks on disk against tasks in memory, and restarts with many queued. "
         "kernels: each kernel's correctness, then its time against the device's floor and against other implementations. "
         "shared: large arrays through shared memory against the socket. "

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from penstock.broker.keys import ROLES, KeyFolder
 from penstock.client import Client
 
 HERE = Path(__file__).parent
@@ -19,6 +20,7 @@ class Stack:
     Args:
         toml: the broker's penstock.toml.
         worker_env: what each worker has in its environment beside everybody's.
+        url: where to be, if not at an ipc address; has_keys: with keys there, one per role in `keys`.
     """
 
     def __init__(
@@ -29,8 +31,11 @@ class Stack:
         worker_args: Sequence[str] = (),
         toml: str = "",
         worker_env: Sequence[Mapping[str, str]] = (),
+        url: str = "",
+        has_keys: bool = False,
     ) -> None:
-        self.url = f"ipc://{folder}"
+        self.url = url or f"ipc://{folder}"
+        self.keys: dict[str, Path] = {}
         self._env = {
             **os.environ,
             "XDG_RUNTIME_DIR": str(folder),
@@ -44,6 +49,11 @@ class Stack:
         self.broker: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
+        if has_keys:
+            self.keys = {role: folder / f"{role}.key" for role in ROLES}
+            for role, path in self.keys.items():
+                KeyFolder(folder / "state" / "penstock").new(f"bench-{role}", role, path)
+            self._worker_args += ["--key", str(self.keys["worker"])]
         if toml:
             (folder / "penstock.toml").write_text(toml)
             self._broker_args += ["--config", str(folder / "penstock.toml")]
@@ -65,7 +75,7 @@ class Stack:
 
     def _wait_ready(self, limit_s: float) -> None:
         end = time.monotonic() + limit_s
-        with Client(self.url, connect_timeout=limit_s) as client:
+        with Client(self.url, connect_timeout=limit_s, key=self.keys.get("client")) as client:
             while sum(w["state"] == "ready" for w in client.status()["workers"]) < self._num_workers:
                 if time.monotonic() > end:
                     raise SystemExit("the workers did not become ready")

@@ -59,8 +59,8 @@ class BrokerProcess:
         host, _, port = self.url.rpartition(":")
         return f"{host}:{int(port) + (side == 'back')}"
 
-    def peer(self, side: str = "front") -> PlainPeer:
-        peer = PlainPeer(self.endpoint(side))
+    def peer(self, side: str = "front", key: tuple[bytes, bytes, bytes] | None = None) -> PlainPeer:
+        peer = PlainPeer(self.endpoint(side), key)
         self.peers.append(peer)
         return peer
 

@@ -118,8 +118,9 @@ class World:
             kept = (config.result_ttl_s, config.max_kept_bytes)
             journal = DurableJournal(config.dedup_window_s, config.dedup_bytes, *kept, wall_offset_s=1e9)
         policy = PullPolicy(self._scheduling, self._predictor)
+        operators = ("uid:1",)
         self.core = Core(
-            config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, owner="uid:1"
+            config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, operators=operators
         )
         self.store = store
         self.promises = Promises(store, self._send)

@@ -18,11 +18,14 @@ Message = tuple[dict[str, Any], list[bytes]]
 class PlainPeer:
     """A DEALER socket and the two frames before the payload."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, key: tuple[bytes, bytes, bytes] | None = None) -> None:
+        """`key`: public, secret, and the broker's public one."""
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.IPV6, 1)
+        if key is not None:
+            self.socket.curve_publickey, self.socket.curve_secretkey, self.socket.curve_serverkey = key
         self.socket.connect(endpoint)
 
     def close(self) -> None:

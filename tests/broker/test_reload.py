@@ -138,9 +138,10 @@ def test_back_and_forth(world: World) -> None:
 @pytest.mark.parametrize("name", NEEDS_RESTART)
 def test_what_needs_a_restart_is_refused_by_name(world: World, name: str) -> None:
     other = {
-        "url": "ipc:///else", "group_access": True, "metrics": "127.0.0.1:0", "state_dir": Path("/else"),
-        "max_message_bytes": 5, "heartbeat_ms": 1.0, "dedup_window_s": 1.0, "dedup_bytes": 1,
-        "journal": "memory", "result_ttl_s": 1.0, "max_kept_bytes": 1, "min_free_bytes": 1,
+        "url": "ipc:///else", "listen": "tcp://127.0.0.1:7777", "curve": "off", "group_access": True,
+        "metrics": "127.0.0.1:0", "state_dir": Path("/else"), "max_message_bytes": 5, "heartbeat_ms": 1.0,
+        "dedup_window_s": 1.0, "dedup_bytes": 1, "journal": "memory", "result_ttl_s": 1.0, "max_kept_bytes": 1,
+        "min_free_bytes": 1,
     }  # fmt: skip
     current = world.configuration.current
     wanted = dataclasses.replace(current, broker=dataclasses.replace(current.broker, **{name: other[name]}))

@@ -1,0 +1,89 @@
+"""One bound ROUTER: clients or workers at one address, who they are, and what limits their connections.
+
+Knows socket options and where a peer's name comes from: on ipc from the kernel, on tcp from the key that the gate let in. What
+a peer says of itself in its handshake counts for nothing. Does not know messages.
+"""
+
+import os
+from collections import Counter
+from typing import Any, Final
+
+import zmq
+
+from penstock.broker.address import Address
+from penstock.broker.connections import Connections
+from penstock.broker.gate import Gate
+from penstock.broker.state import BACK
+
+MAX_SEND_BACKLOG: Final = 20_000
+MAX_HANDSHAKE_MS: Final = 5000
+MAX_PENDING_CONNECTIONS: Final = 1024
+LOOPBACK_PRINCIPAL: Final = "loopback"
+
+
+class AlreadyRunning(RuntimeError):
+    """Another broker owns the address."""
+
+
+class Door:
+    """See the module. `tag` is the first byte of the routes of everybody who comes through it."""
+
+    def __init__(self, tag: int, side: str, address: Address, gate: Gate | None, context: "zmq.Context[Any]") -> None:
+        self.tag = bytes((tag,))
+        self.side = side
+        self.is_ipc = address.is_ipc
+        self.endpoint = address.back if side == BACK else address.front
+        self.gate = None if address.is_ipc else gate
+        self.connections: Connections | None = None
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+
+    def open(self, max_message_bytes: int, group_access: bool = False) -> None:
+        """Bind; `group_access`: on ipc members of the process's group may connect, too.
+
+        Raises:
+            AlreadyRunning: the address is taken.
+            ValueError: it cannot be had.
+        """
+        s = self.socket
+        s.set(zmq.ROUTER_MANDATORY, 1)
+        s.set(zmq.IPV6, int("[" in self.endpoint))
+        s.set(zmq.SNDHWM, MAX_SEND_BACKLOG)
+        s.set(zmq.RCVHWM, MAX_SEND_BACKLOG)
+        s.set(zmq.MAXMSGSIZE, max_message_bytes)
+        s.set(zmq.LINGER, 1000)
+        s.set(zmq.HEARTBEAT_IVL, 2000)
+        s.set(zmq.HEARTBEAT_TIMEOUT, 8000)
+        s.set(zmq.HANDSHAKE_IVL, MAX_HANDSHAKE_MS)
+        s.set(zmq.BACKLOG, MAX_PENDING_CONNECTIONS)
+        if self.gate is not None:
+            self.gate.guard(s, self.side)
+        old_umask = os.umask(0o077)
+        try:
+            s.bind(self.endpoint)
+            if self.is_ipc and group_access:
+                os.chmod(self.endpoint.removeprefix("ipc://"), 0o660)
+        except zmq.ZMQError as e:
+            if e.errno == zmq.EADDRINUSE:
+                raise AlreadyRunning(f"{self.endpoint} is in use: a broker is running there") from e
+            raise ValueError(f"cannot listen at {self.endpoint}: {e.strerror}") from e
+        finally:
+            os.umask(old_umask)
+
+    def watch(self, max_partial_bytes: int, counters: Counter[str]) -> None:
+        """Count and limit connections from now on, where they come over tcp."""
+        if not self.is_ipc:
+            self.connections = Connections(self.socket, max_partial_bytes, counters)
+
+    def identify(self, frame: zmq.Frame) -> tuple[str, int]:
+        """Who sent it, and the process where the kernel vouches for it, else 0. No name: its key is allowed no more."""
+        if self.is_ipc:
+            _, uid, _, pid = str(frame.get("Peer-Address")).split(":")
+            return f"uid:{uid}", int(pid)
+        if self.gate is None:
+            return LOOPBACK_PRINCIPAL, 0
+        return self.gate.principal(str(frame.get("User-Id")), self.side), 0
+
+    def close(self) -> None:
+        if self.connections is not None:
+            self.connections.close()
+        self.socket.close()
