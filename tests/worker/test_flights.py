@@ -12,7 +12,7 @@ import worker_kernels as kernels
 from fake_broker import assign, tensor_block
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import SimStream, SimTimeline
+from simulated_device import SimStream, SimTimeline
 from test_runner import by_row, column, make_runner, ragged
 
 from penstock.broker.protocol import Assign, Code, Error

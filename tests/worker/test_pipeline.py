@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from simulated import SimStream, SimTimeline
+from simulated_device import SimStream, SimTimeline
 
 from penstock.worker.devices.timeline import HostTimeline
 from penstock.worker.overlap import Overlap, Spans
