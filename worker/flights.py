@@ -183,6 +183,11 @@ class Flights:
         return self.pipeline.num_in_flight + len(self._landed)
 
     @property
+    def kernels(self) -> set[str]:
+        """Those of the batches in flight, which may have to run again."""
+        return {flight.batch.plan.name for flight in self.pipeline.jobs}
+
+    @property
     def has_room(self) -> bool:
         """Whether another batch may begin: not before answers that are there have been taken."""
         return self.pipeline.has_room and not self._landed

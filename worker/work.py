@@ -215,6 +215,7 @@ class Work:
         log.warning("memory: %.0f %% in use; caches cleared, %.0f MiB of them kernels' own", share, num_bytes / 2**20)
         if pressure.num_high > 1:
             wanted = {assign.kernel for assign, _ in self._waiting} | self.engine.streams.kernels
+            wanted |= self.engine.flights.kernels if self.engine.flights is not None else set()
             name = self.engine.runner.unload_one(but=wanted)
             if name is not None:
                 log.warning("memory: unloaded kernel %r, the one used least recently", name)

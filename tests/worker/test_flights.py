@@ -432,3 +432,19 @@ def test_a_hundred_thousand_tasks_allocate_nothing_after_warm_up() -> None:
         assert pool.num_allocated == 0
         assert pool.num_borrowed == pool.num_returned >= 1600
         assert pool.high_bytes <= 64 * 1024
+
+
+def test_kernels_in_flight_are_known() -> None:
+    """They may have to run again: memory that is short is not to be had by unloading them."""
+    timeline = SimTimeline(1)
+
+    @kernel("here", max_batch_size=8)
+    def here(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    flights = flying(here, on=timeline)
+    assert flights.kernels == set()
+    flights.take(assign(1, "here", tensor_block(column(1))), 0.0)
+    assert flights.kernels == {"here"}
+    flights.finish()
+    assert flights.kernels == set()
