@@ -53,7 +53,11 @@ class SqliteStore:
         self.failure: StorageError | None = None
         self._folder = folder
         self._min_free_bytes = min_free_bytes
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as e:
+            text = f"there can be no journal at {folder}: {e.strerror}; choose another state_dir, or journal = \"memory\""
+            raise StorageError(text) from e
         self._path = folder / "journal.sqlite"
         self._db = _open(self._path)
         self._payloads = Payloads(folder / "payloads")

@@ -152,6 +152,12 @@ def test_only_one_broker_has_the_files(disk: Disk) -> None:
         SqliteStore(disk.folder)
 
 
+def test_a_folder_that_cannot_be_made_is_said_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match='journal = "memory"'):
+        SqliteStore(tmp_path / "file" / "journal")
+
+
 def test_files_are_for_their_owner_only(disk: Disk) -> None:
     store = disk.open()
     wait_committed(store, store.append([Put(1, 0, [LARGE])]))
