@@ -20,7 +20,7 @@ PACKAGES = {
 }  # fmt: skip
 
 
-def measure(seconds: float) -> dict[str, Any]:
+def measure(seconds: float = 2.0) -> dict[str, Any]:
     """Install what is missing, run each, keep what failed as its reason."""
     python = ROOT / ".venv-peers" / "bin" / "python"
     if not python.exists():

@@ -155,12 +155,12 @@ def real_broker(count: int, rows_per_run: int, progress: Progress) -> dict[str, 
     }  # fmt: skip
 
 
-def measure(most: int) -> dict[str, Any]:
-    sizes = tuple(n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= most)
+def measure(max_tasks: int = 1_000_000) -> dict[str, Any]:
+    sizes = tuple(n for n in (1_000, 10_000, 100_000, 1_000_000) if n <= max_tasks)
     with Progress(transient=True) as progress:
         return {
             "operations": operations(sizes, progress),
-            "broker": [real_broker(most, 1, progress), real_broker(most, 32, progress)],
+            "broker": [real_broker(max_tasks, 1, progress), real_broker(max_tasks, 32, progress)],
         }
 
 

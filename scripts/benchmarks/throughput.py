@@ -70,7 +70,7 @@ def call_times(client: Client, x: np.ndarray, count: int) -> list[float]:
     return times
 
 
-def measure(num_pairs: int, seconds: float) -> dict[str, Any]:
+def measure(num_pairs: int = 7, seconds: float = 2.0) -> dict[str, Any]:
     """Run the pairs; every figure is the median over them, ratios pair by pair."""
     x = np.random.default_rng(0).standard_normal(1024).astype(np.float32)
     pairs = list[dict[str, float]]()
