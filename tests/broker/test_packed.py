@@ -31,8 +31,9 @@ BOMBS = {
     "behind numbers": b"\xdc\x20\x00\xcc\xdc" * 600, "nested middling arrays": b"\xdc\x00\xff" * 1020,
     "with full ones in front": b"\x92" + b"\xdc\x20\x00" + b"\x01" * 8192 + b"\xdc\x20\x00" * 1000,
     "as long as is left": b"".join(b"\xdc" + (8192 - 3 * i).to_bytes(2, "big") for i in range(1020)) + b"\x01" * 8000,
-    **{f"wide {unit.hex()}": wide(unit) for unit in (b"\x80", b"\x90", b"\x81\xa0\xc0", b"\x81\xa0\x80", b"\x91\x90", b"\xc4\x00")},
-    "deep": b"\x91" * 64_000, "deep maps": b"\x81\xa0" * 32_000, "a map of billions": b"\xdf\xff\xff\xff\xff" + b"\xa0\x90" * 10_000,
+    **{f"wide {u.hex()}": wide(u) for u in (b"\x80", b"\x90", b"\x81\xa0\xc0", b"\x81\xa0\x80", b"\x91\x90", b"\xc4\x00")},
+    "deep": b"\x91" * 64_000, "deep maps": b"\x81\xa0" * 32_000,
+    "a map of billions": b"\xdf\xff\xff\xff\xff" + b"\xa0\x90" * 10_000,
 }  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def test_large_honest_headers_full_of_suspicious_bytes(byte: int) -> None:
     """Ids, lengths and texts may hold what looks like an array's beginning."""
     value = {
         "spans": [[bytes((byte, 0, 0, 0x20)) * 4, 0, 1] for _ in range(2000)], "lengths": [byte] * 4096,
-        "other": [byte << 8 | 0x10] * 2000, "text": "\u071c" * 100, "floats": [1.5] * 100, "none": [None, True, False, -5, -200],
+        "other": [byte << 8 | 0x10] * 2000, "text": "\u071c" * 100, "floats": [1.5] * 100,
+        "none": [None, True, False, -5, -200],
     }  # fmt: skip
     data = msgpack.packb(value)
     assert len(packed._LARGE.findall(data)) > packed.MAX_LARGE
