@@ -90,9 +90,7 @@ class Error:
     detail: str = ""
 
 
-def _parse_error(value: Any, reader: Reader) -> Error | None:
-    if value is None:
-        return None
+def _parse_error(value: Any, reader: Reader) -> Error:
     if not isinstance(value, list) or len(value) != 4:
         raise ProtocolError("an error is [code, message, retry_after_ms, detail]")
     retry = _MAYBE_MS.parse(value[2], reader)
@@ -107,6 +105,7 @@ MAX_DETAIL: Final = 16 * 1024
 _MAYBE_MS = number(0.0, MAX_TIMEOUT_MS, can_be_nil=True)
 _DETAIL = text(MAX_DETAIL)
 ERROR = Kind(_parse_error, _write_error)
+MAYBE_ERROR = Kind(lambda value, reader: None if value is None else _parse_error(value, reader), _write_error)
 
 
 def _is_measure(value: Any) -> bool:
@@ -327,7 +326,7 @@ def _parse_outcome(value: Any, reader: Reader) -> Outcome:
         raise ProtocolError("an outcome is [spans, block, error, queue_ms, timings, part, attempt]")
     spans, block, error, queue_ms, timings, part, attempt = value
     return Outcome(
-        _SPANS.parse(spans, reader), MAYBE_BLOCK.parse(block, reader), ERROR.parse(error, reader),
+        _SPANS.parse(spans, reader), MAYBE_BLOCK.parse(block, reader), MAYBE_ERROR.parse(error, reader),
         _TIMES.parse(queue_ms, reader), None if timings is None else MAP.parse(timings, reader),
         COUNT.parse(part, reader), COUNT.parse(attempt, reader),
     )  # fmt: skip
@@ -375,7 +374,7 @@ class Reply(Message):
     """Answers `status`, `fetch` and `control`."""
 
     request: int = wire(COUNT)
-    error: Error | None = wire(ERROR, default=None)
+    error: Error | None = wire(MAYBE_ERROR, default=None)
     body: Mapping[str, Any] = wire(MAP, default={})
 
 
@@ -431,7 +430,7 @@ def _parse_answer(value: Any, reader: Reader) -> Answer:
     if not isinstance(value, list) or len(value) != 4:
         raise ProtocolError("an answer is [start, stop, block, error]")
     start, stop = ROW.parse(value[0], reader), ROW.parse(value[1], reader)
-    block, error = MAYBE_BLOCK.parse(value[2], reader), ERROR.parse(value[3], reader)
+    block, error = MAYBE_BLOCK.parse(value[2], reader), MAYBE_ERROR.parse(value[3], reader)
     if start >= stop or (block is None) == (error is None) or (block is not None and block.num_rows != stop - start):
         raise ProtocolError("an answer has rows, and a block with as many or an error")
     return Answer(start, stop, block, error)

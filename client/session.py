@@ -26,7 +26,7 @@ from penstock.client.errors import NotAuthorised, PenstockError, Unavailable, fr
 from penstock.client.questions import Questions, Request
 from penstock.client.receipts import Receipts
 from penstock.client.run import CLOSED, SENT, Options, Row, Run, submit_message
-from penstock.client.submissions import Submissions
+from penstock.client.submissions import Submissions, says_whose
 
 log = logging.getLogger("penstock.client")
 Numbered = TypeVar("Numbered", protocol.Results, protocol.Partial)
@@ -283,7 +283,10 @@ class Session:
         if request is None:
             return
         if type(request.message) is protocol.Fetch:  # its outcomes may be in the next message
-            request.run = self.submissions.fetched(request.message.id, m.error, m.body)
+            if m.error is None and not says_whose(m.body):
+                request.error = Error(Code.PROTOCOL, "the broker's answer to a fetch cannot be understood")
+                self._fault(request.error.message)
+            request.run = self.submissions.fetched(request.message.id, request.error, m.body)
         self.news.num_events += 1
 
     def _on_fault(self, m: protocol.Fault, frames: Sequence[Buffer], now: float) -> None:

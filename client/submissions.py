@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from penstock.broker import protocol
 from penstock.broker.protocol import Code, Error, Outcome
+from penstock.broker.wire import MAX_ROWS
 from penstock.client.backlog import Backlog
 from penstock.client.config import ClientConfig
 from penstock.client.credit import Credit
@@ -281,3 +282,13 @@ class Submissions:
             part.check()
         for run in (*self.backlog.runs(), *self.flight.runs.values()):
             assert (run.entry is None) == (run.deadline == math.inf)
+
+
+def says_whose(body: Mapping[str, Any]) -> bool:
+    """Whether the reply to a `fetch` says all that `Submissions.fetched` needs."""
+    id_, rows, uses = body.get("id"), body.get("rows"), body.get("uses")
+    return (
+        isinstance(id_, bytes) and len(id_) == protocol.ID_BYTES and type(rows) is int and 0 < rows <= MAX_ROWS
+        and isinstance(uses, list) and len(uses) == 2 and all(type(n) is int and 0 <= n <= protocol.MAX_COUNT for n in uses)
+        and type(body.get("is_handed")) is bool and isinstance(body.get("kernel"), str) and isinstance(body.get("client"), str)
+    )  # fmt: skip

@@ -81,6 +81,14 @@ def test_fields_out_of_their_bounds(fields: dict[str, Any]) -> None:
     refused(header(**fields))
 
 
+@pytest.mark.parametrize("table", [p.TO_CLIENT, p.TO_WORKER], ids=["to client", "to worker"])
+def test_a_fault_and_a_refusal_say_why(table: Any) -> None:
+    """Whoever gets one looks at its error at once."""
+    for type_name in {"error", "refused"} & table.keys():
+        refused(header(type=type_name, id=b"i" * 16, error=None), table)
+        assert decode(table, header(type=type_name, id=b"i" * 16, error=["failed", "why", None, ""])).error.code == "failed"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -142,6 +142,23 @@ def test_a_new_broker_may_not_have_it_any_more(fate):
     check_credit(rig)
 
 
+FETCHED = {"id": b"i" * 16, "rows": 2, "uses": [2, 8], "is_handed": True, "kernel": "hold", "client": "c"}
+
+
+@pytest.mark.parametrize("wrong", [
+    *({name: None} for name in FETCHED), {"id": b"short"}, {"rows": 0}, {"rows": 1 << 60}, {"uses": [1]}, {"uses": [-1, 8]}, {"rows": True},
+])  # fmt: skip
+def test_an_answer_to_a_fetch_that_cannot_be_understood_is_its_error(wrong):
+    rig = Rig().attached()
+    request = fetch(rig, id=FETCHED["id"])
+    rig.send()
+    rig.broker.out.clear()
+    rig.tell(protocol.Reply(request=request.number, body={**FETCHED, **wrong}))
+    assert request.is_done and request.run is None
+    with pytest.raises(ProtocolFault, match="cannot be understood"):
+        request.answer()
+
+
 def test_a_fetched_task_is_cancelled_as_any():
     rig = Rig().attached()
     request = fetch(rig, id=stored(rig).id)
