@@ -8,6 +8,7 @@ from broker_machine import check_machine
 
 from penstock.broker.admission import Admission
 from penstock.broker.clients import Clients
+from penstock.broker.leases import Leases
 from penstock.broker.ledger import Ledger
 from penstock.broker.protocol import Outcome
 from penstock.broker.scheduling.lanes import BatchQueue, Lane
@@ -15,7 +16,6 @@ from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.settlement import Settlement
 from penstock.broker.tasks import Lease, Piece
-from penstock.broker.workers import Workers
 
 Patch = pytest.MonkeyPatch
 Fault = Callable[[Patch], None]
@@ -124,7 +124,7 @@ def batches_are_too_large(patch: Patch) -> None:
 
 @fault
 def anybodys_lease_is_answered(patch: Patch) -> None:
-    patch.setattr(Workers, "_find", lambda self, worker, token: self.state.ledger.leases.get(token))
+    patch.setattr(Leases, "_find", lambda self, worker, token: self.state.ledger.leases.get(token))
 
 
 @fault
@@ -238,13 +238,13 @@ def a_lease_is_closed_twice(patch: Patch) -> None:
 
 @fault
 def a_lease_stays_with_the_lost_worker(patch: Patch) -> None:
-    patch.setattr(Workers, "_recover", lambda self, *args: None)
+    patch.setattr(Leases, "recover", lambda self, *args: None)
 
 
 @fault
 def everything_is_redelivered(patch: Patch) -> None:
-    real = Workers._recover
-    patch.setattr(Workers, "_recover", lambda self, *args, **_: real(self, *args[:3], False))
+    real = Leases.recover
+    patch.setattr(Leases, "recover", lambda self, *args, **_: real(self, *args[:3], False))
 
 
 @fault
