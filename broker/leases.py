@@ -6,10 +6,21 @@ Knows the fence, redelivery and what makes a task dead. Does not know sessions, 
 from collections.abc import Sequence
 from typing import Any
 
+from penstock.broker.checkpoints import Checkpoints
 from penstock.broker.clients import Clients
 from penstock.broker.columns import Block, any_shared, gather
 from penstock.broker.dispatch import Dispatch
-from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Outcome, WorkerFinal, WorkerPartial
+from penstock.broker.protocol import (
+    Answer,
+    Assign,
+    CancelLease,
+    Checkpoint,
+    Code,
+    Error,
+    Outcome,
+    WorkerFinal,
+    WorkerPartial,
+)
 from penstock.broker.sessions import WorkerSession
 from penstock.broker.sharing import Unshared
 from penstock.broker.spec import Spec
@@ -29,6 +40,7 @@ class Leases:
         self.dispatch: Dispatch
         """Is told what becomes of leases; set by whoever made both."""
         self._clients = clients
+        self._checkpoints = Checkpoints(state)
 
     def assign(self, lease: Lease) -> None:
         """Send a lease to its worker."""
@@ -39,12 +51,14 @@ class Leases:
         if any_shared(blocks):
             blocks = self.state.sharing.readable_batch(blocks, worker)
             lease.lent = [b for b in blocks if b.has_shared]
+        saved = self._checkpoints.of(lease) if lease.mode == "stream" else None
         assign = Assign(
             lease=lease.token, kernel=queue.spec.name, digest=queue.spec.digest, mode=lease.mode, statics=queue.statics,
             blocks=blocks, scalars=_scalars(lease.pieces), attempt=lease.attempt,
             principal=first.session.principal if queue.spec.is_scoped else "", traceparent=first.traceparent,
             is_unshared=worker.sharer is not None and not _is_readable(lease.pieces, worker),
             predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
+            checkpoint=None if saved is None else saved.block, part=0 if saved is None else saved.part,
         )  # fmt: skip
         self.state.send(BACK, worker.route, assign)
 
@@ -161,6 +175,14 @@ class Leases:
             return
         span = (piece.run.id, piece.start, piece.start + 1)
         self._clients.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
+
+    def checkpoint(self, worker: WorkerSession, m: Checkpoint, now: float) -> None:
+        """What a streaming row can go on from, whatever becomes of its worker."""
+        lease = worker.leases.get(m.lease)
+        if lease is None:
+            self.state.counters["late_checkpoints"] += 1
+        else:
+            self._checkpoints.keep(lease, m, now)
 
     def recover(self, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
         """A lease will not be answered. Suspects return in halves and alone, so that one that kills is found."""

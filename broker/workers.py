@@ -7,10 +7,12 @@ next.
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from penstock.broker import checkpoints
 from penstock.broker.clients import Clients
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.leases import Leases
 from penstock.broker.protocol import (
+    Checkpoint,
     Code,
     Drain,
     Error,
@@ -67,6 +69,8 @@ class Workers:
                 self._leases.final(worker, m, now)
             case WorkerPartial():
                 self._leases.partial(worker, m, now)
+            case Checkpoint():
+                self._leases.checkpoint(worker, m, now)
             case Pull():
                 self._grant(worker, m.credit)
             case Ready():
@@ -107,7 +111,10 @@ class Workers:
         self.by_route[route] = worker
         config = self.state.config
         shared = self.state.sharing.offer(worker, config, pid)
-        welcome = Welcome(epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, shared=shared)
+        welcome = Welcome(
+            epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, shared=shared,
+            limits=checkpoints.limits(config),
+        )  # fmt: skip
         self.state.send(BACK, route, welcome)
 
     def _free_name(self, wanted: str) -> str:
