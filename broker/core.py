@@ -365,6 +365,7 @@ class Core:
             "num_clients": len(self.clients),
             "tasks": {
                 "open": state.ledger.num_open, "open_bytes": state.ledger.open_bytes,
+                "checkpoint_bytes": state.ledger.saved_bytes,
                 "queued": state.ledger.num_rows["queued"], "leased": state.ledger.num_rows["leased"],
                 **state.ledger.outcomes,
             },

@@ -105,7 +105,7 @@ class Think:
         tokens = state["tokens"]
         tokens.append((31 * sum(tokens) + len(tokens)) % 9973)
         state["left"] -= 1
-        return Step(chunk={"token": tokens[-1]}, result=None if state["left"] else {"tokens": torch.tensor(tokens)})
+        return Step(chunk={"token": tokens[-1]}, result=None if state["left"] else {"out": torch.tensor(tokens)})
 
     def checkpoint(self, state: dict[str, Any]) -> dict[str, Any]:
         return {"tokens": torch.tensor(state["tokens"]), "left": state["left"]}
