@@ -448,6 +448,19 @@ def test_deaths_and_acquittals_outlive_the_broker() -> None:
     assert client.results(run) == ["dead"]
 
 
+def test_a_restart_counts_deaths_from_the_checkpoint_on() -> None:
+    w = World(store=MemoryStore(), max_attempts=2)
+    durable_run(w)
+    next_worker(w).crash()
+    next_worker(w).save()
+    w.commit()
+    w.restart()
+    next_worker(w).crash()
+    assert w.state.ledger.num_open == 1, "the death before it counts no more"
+    next_worker(w).crash()
+    assert w.state.ledger.num_open == 0
+
+
 def test_a_requeued_task_begins_anew() -> None:
     w = World(store=MemoryStore())
     run = durable_run(w)
