@@ -211,6 +211,9 @@ class Admission:
         session.used_rows += run.num_open
         session.used_bytes += run.num_bytes
         self._state.ledger.open(run)
+        for row, saved in kept.saved.items():
+            for piece in run.cut_out(row, row + 1):
+                self._state.ledger.save(piece, saved)
         return run
 
     def bind(self, run: Run) -> None:

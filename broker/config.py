@@ -11,12 +11,13 @@ from penstock.broker.wire import MAX_ROWS
 NEEDS_RESTART: Final = (
     "url", "listen", "curve", "group_access", "metrics", "state_dir", "max_message_bytes", "heartbeat_ms", "dedup_window_s",
     "dedup_bytes", "journal", "result_ttl_s", "max_kept_bytes", "min_free_bytes",
+    "checkpoint_s", "max_checkpoint_bytes",
 )  # fmt: skip
 """Settings that sockets, peers and the journal were given once, and cannot be given again."""
 _NO_NUMBERS: Final = ("url", "listen", "curve", "group_access", "metrics", "state_dir", "journal", "durable_kernels")
 _CURVE: Final = ("auto", "on", "off")
 JOURNALS: Final = ("disk", "memory")
-_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s", "shared_bytes")
+_MAY_BE_ZERO: Final = ("worker_grace_s", "drain_s", "shared_bytes", "max_checkpoint_bytes")
 _HOST_PORT: Final = re.compile(r"(.+):(\d{1,5})")
 
 
@@ -73,6 +74,10 @@ class BrokerConfig:
     """Payload of such outcomes; past it no durable task is taken."""
     min_free_bytes: int = 256 << 20
     """Space on the journal's disk below which no durable task is taken."""
+    checkpoint_s: float = 5.0
+    """How often a worker sends what a long streaming task can go on from, at most."""
+    max_checkpoint_bytes: int = 64 << 20
+    """Largest of one task; all of them together have half of `max_queue_bytes`. 0: none is taken."""
     heartbeat_ms: float = 1000.0
     liveness_s: float = 5.0
     """A worker silent for this long is lost."""

@@ -14,6 +14,7 @@ from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.durable import DurableJournal
 from penstock.broker.journal import Journal
+from penstock.broker.leases import Leases
 from penstock.broker.metrics import Metrics, NoMetrics
 from penstock.broker.protocol import Code, Error, Fault, Goodbye
 from penstock.broker.scheduling.events import Event as SchedulingEvent
@@ -131,9 +132,10 @@ class Core:
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
         self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control, self._may_operate)
-        self.workers = Workers(self.state, self.clients)
-        self.dispatch = Dispatch(self.state, self.workers.assign, self._give_up)
-        self.workers.dispatch = self.dispatch
+        self.leases = Leases(self.state, self.clients)
+        self.dispatch = Dispatch(self.state, self.leases.assign, self._give_up)
+        self.leases.dispatch = self.dispatch
+        self.workers = Workers(self.state, self.clients, self.leases, self.dispatch)
         self._swept_at = self._turned_at = now
         self._has_more = False
 
@@ -220,7 +222,7 @@ class Core:
         self.clients.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
 
     def _cancel_lease(self, lease: Lease) -> None:
-        self.workers.cancel(lease)
+        self.leases.cancel(lease)
 
     def _is_settled(self, now: float) -> bool:
         """No worker is still to be expected: some are ready and none is starting, or the grace time is over."""
@@ -362,6 +364,7 @@ class Core:
             "num_clients": len(self.clients),
             "tasks": {
                 "open": state.ledger.num_open, "open_bytes": state.ledger.open_bytes,
+                "checkpoint_bytes": state.ledger.saved_bytes,
                 "queued": state.ledger.num_rows["queued"], "leased": state.ledger.num_rows["leased"],
                 **state.ledger.outcomes,
             },

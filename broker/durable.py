@@ -10,13 +10,17 @@ from dataclasses import replace
 from hashlib import blake2b
 
 from penstock.broker.journal import About, Entry, Journal, Key, digest_of
-from penstock.broker.kept import DIED, STARTED, Kept, acked, has_failed, noted, outcome_of, read, taken
+from penstock.broker.kept import DIED, STARTED, Kept, acked, has_failed, noted, outcome_of, read, saved_of, taken
 from penstock.broker.protocol import ID_BYTES, Outcome
 from penstock.broker.storage.records import Erase, Put
-from penstock.broker.tasks import Piece, Run
+from penstock.broker.tasks import Piece, Run, Saved
 
 MAX_NAMES = 16
 """Submissions with one key whose acknowledgement counts."""
+SAVED_BYTES_PER_S = 8 << 20
+"""What checkpoints may write, on average: acceptances and outcomes wait behind them for the same disk."""
+
+
 class DurableJournal(Journal):
     """A journal whose durable tasks survive the broker: they have records, and outcomes stay until they are acknowledged.
 
@@ -37,6 +41,7 @@ class DurableJournal(Journal):
         self._max_result_bytes = max_result_bytes
         self._wall_offset_s = wall_offset_s
         self._last = 0
+        self._save_at = float("-inf")
         self._kept: OrderedDict[Key, Entry] = OrderedDict()
         self._keys: dict[tuple[str, bytes], Key] = {}
         self._ids: dict[int, list[tuple[str, bytes]]] = {}
@@ -102,6 +107,21 @@ class DurableJournal(Journal):
     def _note(self, kind: int, piece: Piece, count: int, *lines: str) -> None:
         if piece.run.number:
             self.writes.append(noted(piece.run.number, kind, piece.start, piece.stop, count, *lines))
+
+    def save(self, piece: Piece, saved: Saved, now: float) -> None:
+        """See `Journal`. A checkpoint has a record number of its own, so that the one before it can be erased."""
+        if not piece.run.number or not self.has_room or now < self._save_at:
+            return
+        self._save_at = now + saved.block.nbytes / SAVED_BYTES_PER_S
+        self.unsave(saved)
+        self._last += 1
+        saved.number = self._last
+        self.writes.append(saved_of(piece, saved))
+
+    def unsave(self, saved: Saved) -> None:
+        """See `Journal`."""
+        if saved.number:
+            self.writes.append(Erase(saved.number))
 
     def record(self, run: Run, outcomes: Sequence[Outcome]) -> None:
         """See `Journal`."""
@@ -221,7 +241,7 @@ class DurableJournal(Journal):
         found = dict[int, Kept]()
         for put in puts:
             read(found, put)
-        self._last = max(found, default=0)
+            self._last = max(self._last, put.task)
         for kept in found.values():
             if kept.is_over:
                 self._remember(kept, now)

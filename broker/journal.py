@@ -14,7 +14,7 @@ import msgpack
 from penstock.broker.columns import view
 from penstock.broker.protocol import Outcome, Submit
 from penstock.broker.storage.records import Write
-from penstock.broker.tasks import Piece, Run
+from penstock.broker.tasks import Piece, Run, Saved
 
 MAX_KEYS = 100_000
 Key = tuple[str, bytes]
@@ -101,6 +101,12 @@ class Journal:
 
     def died(self, piece: Piece) -> None:
         """The rows have become suspects, or their count of deaths has changed."""
+
+    def save(self, piece: Piece, saved: Saved, now: float) -> None:
+        """The row can go on from here. Nothing waits for this to be safe: what is lost costs time."""
+
+    def unsave(self, saved: Saved) -> None:
+        """Nobody goes on from here any more."""
 
     def record(self, run: Run, outcomes: Sequence[Outcome]) -> None:
         """Remember outcomes of a run that has a key."""

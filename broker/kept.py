@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 import msgpack
 
 from penstock.broker.columns import view
-from penstock.broker.protocol import FROM_CLIENT, TO_CLIENT, Code, Outcome, Results, Submit
+from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, TO_CLIENT, Checkpoint, Code, Outcome, Results, Submit
 from penstock.broker.storage.records import Corrupt, Put
+from penstock.broker.tasks import Piece, Saved
 from penstock.broker.wire import ProtocolError, decode, encode
 
-TAKEN, STARTED, DIED, OUTCOME, ACKED = 1, 2, 3, 4, 5
+TAKEN, STARTED, DIED, OUTCOME, ACKED, SAVED = 1, 2, 3, 4, 5, 6
 """The kinds of records. TAKEN: [principal, client, accepted at, deadline or nil] and the submission. STARTED, DIED: rows
 [start, stop], how often, and for DIED what is known of it, a line per death; such rows are suspects, even if none has died
-alone. OUTCOME: results with one outcome. ACKED: [when]. Times are seconds of the wall clock."""
+alone. OUTCOME: results with one outcome. ACKED: [when]. Times are seconds of the wall clock. SAVED has a number of its own,
+by which the next one replaces it: [task, row, its deaths, kernel's digest, acquittals] and the checkpoint."""
 Rows = tuple[int, int, int]
 """(start, stop, count)."""
 
@@ -35,6 +37,7 @@ class Kept:
     started: list[Rows] = field(default_factory=list)
     deaths: list[Rows] = field(default_factory=list)
     evidence: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    saved: dict[int, Saved] = field(default_factory=dict)
     acked_at: float | None = None
 
     @property
@@ -59,6 +62,13 @@ def noted(number: int, kind: int, start: int, stop: int, count: int, *lines: str
 
 def outcome_of(number: int, outcome: Outcome) -> Put:
     return Put(number, OUTCOME, encode(Results(seq=0, outcomes=[outcome])))
+
+
+def saved_of(piece: Piece, saved: Saved) -> Put:
+    """A row's checkpoint under the number it has been given."""
+    head = [piece.run.number, piece.start, piece.deaths, saved.digest, saved.num_acquitted]
+    checkpoint = Checkpoint(lease=0, block=saved.block, part=saved.part)
+    return Put(saved.number, SAVED, [msgpack.packb(head), *encode(checkpoint)])
 
 
 def acked(number: int, wall_s: float) -> Put:
@@ -90,6 +100,9 @@ def _read(found: dict[int, Kept], put: Put) -> None:
             raise ValueError("a task without its submission")
         found[put.task] = Kept(put.task, principal, client, submit, float(accepted_at), deadline)
         return
+    if put.kind == SAVED:
+        _read_saved(found, put)
+        return
     kept = found[put.task]
     if put.kind == OUTCOME:
         results = decode(TO_CLIENT, put.frames)
@@ -105,3 +118,14 @@ def _read(found: dict[int, Kept], put: Put) -> None:
             kept.evidence[start] = tuple(map(str, lines))
     else:
         raise ValueError(f"unknown kind {put.kind}")
+
+
+def _read_saved(found: dict[int, Kept], put: Put) -> None:
+    task, row, num_deaths, digest, num_acquitted = msgpack.unpackb(view(put.frames[0]))
+    checkpoint = decode(FROM_WORKER, put.frames[1:])
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.block.num_rows != 1:
+        raise ValueError("a checkpoint without its row")
+    kept = found[task]
+    kept.saved[row] = Saved(digest, checkpoint.block, checkpoint.part, num_acquitted, put.task)
+    if any(start <= row < stop for start, stop, _ in kept.deaths):  # the deaths of a suspect may count no more
+        kept.deaths.append((row, row + 1, num_deaths))

@@ -13,7 +13,7 @@ from penstock.broker.scheduling.batch import Batch
 from penstock.broker.scheduling.lanes import BatchQueue
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import WorkerSession
-from penstock.broker.tasks import LEASED, MOVES, QUEUED, Lease, Piece, Run
+from penstock.broker.tasks import LEASED, MOVES, QUEUED, Lease, Piece, Run, Saved
 
 STORY_LENGTH = 2000
 Parts = tuple[dict[bytes, Run], ...]
@@ -38,7 +38,7 @@ class Ledger:
     def __init__(self, policy: PullPolicy, epoch: int) -> None:
         self.policy = policy
         self.num_rows = {QUEUED: 0, LEASED: 0}
-        self.num_open = self.open_bytes = 0
+        self.num_open = self.open_bytes = self.saved_bytes = 0
         self.leases: dict[int, Lease] = {}
         self.outcomes = Counter[str]()
         self._runs: defaultdict[str, Parts] = defaultdict(_parts)
@@ -141,6 +141,14 @@ class Ledger:
         piece.lease = None
         self.policy.push(piece)
 
+    def save(self, piece: Piece, saved: Saved | None) -> None:
+        """The only assignment to `Piece.saved`. Its bytes count as the run's own do, until its row ends."""
+        num_more = (saved.block.nbytes if saved else 0) - (piece.saved.block.nbytes if piece.saved else 0)
+        self.saved_bytes += num_more
+        self.open_bytes += num_more
+        piece.run.account.open_bytes += num_more
+        piece.saved = saved
+
     def end(self, piece: Piece, start: int, stop: int, state: str) -> None:
         """Rows [start, stop) of a piece have their outcome."""
         if start > piece.start and stop < piece.stop:
@@ -151,6 +159,8 @@ class Ledger:
             self._cut(piece, stop)
         if piece.entry is not None:
             self.policy.remove(piece)
+        if piece.saved is not None:
+            self.save(piece, None)
         self.move(piece, state)
         run = piece.run
         run.pieces.remove(piece)
@@ -187,7 +197,7 @@ class Ledger:
     def check(self, now: float) -> None:
         """Every invariant of the table; tests call it after every event."""
         counts = Counter[str]()
-        num_bytes = 0
+        num_bytes = saved_bytes = 0
         for run in self.runs():
             rows = sorted((p.start, p.stop) for p in run.pieces)
             assert all(a[1] <= b[0] for a, b in pairwise(rows)), "pieces overlap"
@@ -198,12 +208,15 @@ class Ledger:
             for piece in run.pieces:
                 assert piece.run is run and piece.state in MOVES
                 counts[piece.state] += piece.num_rows
+                if piece.saved is not None:
+                    assert piece.num_rows == 1, "rows with one checkpoint"
+                    saved_bytes += piece.saved.block.nbytes
                 is_leased = piece.state == LEASED
                 assert (piece.lease is not None) == is_leased and not (is_leased and piece.entry)
                 if piece.lease is not None:
                     assert piece in piece.lease.pieces and self.leases[piece.lease.token] is piece.lease
         assert counts == Counter(self.num_rows) and sum(counts.values()) == self.num_open, "queued + leased = open"
-        assert num_bytes == self.open_bytes
+        assert saved_bytes == self.saved_bytes and num_bytes + saved_bytes == self.open_bytes
         assert len(self._deadlines) == sum(r.deadline != float("inf") for r in self.runs())
         for lease in self.leases.values():
             assert lease.worker.leases[lease.token] is lease

@@ -263,6 +263,7 @@ class Welcome(Message):
     """Answers `hello` and `attach`. `credit` is the cumulative [rows, bytes] that the session may submit.
 
     `unknown` holds those of `attach.open` that this broker never accepted, or has lost with an earlier epoch.
+    To a worker, `limits` has `checkpoint_ms` and `max_checkpoint_bytes`, if it may send checkpoints.
     `shared` offers shared memory: `probe` [process, descriptor, inode], `min_bytes`, `max_bytes`, and `held`, the slots
     [descriptor, offset] that the broker still reads of this session, one after another, as often as it has each on loan.
     """
@@ -463,6 +464,15 @@ class WorkerPartial(Message):
     block: Block = wire(BLOCK)
 
 
+@message("checkpoint")
+class Checkpoint(Message):
+    """What the one row of a streaming lease can go on from; `part` is the number of its next partial. It renews the lease."""
+
+    lease: int = wire(COUNT)
+    block: Block = wire(BLOCK)
+    part: int = wire(COUNT, default=0)
+
+
 @message("resident")
 class Resident(Message):
     """A kernel's state has changed: absent, loading, ready, failed."""
@@ -505,6 +515,9 @@ class Assign(Message):
     is_unshared: bool = wire(FLAG, default=False)
     predicted_ms: float = wire(NUMBER, default=0.0)
     """What the broker expects the batch to take; 0: it does not know."""
+    checkpoint: Block | None = wire(MAYBE_BLOCK, default=None)
+    """What the row goes on from, and the number of its next partial; only for kernels that offer checkpoints."""
+    part: int = wire(COUNT, default=0)
 
 
 @message("cancel")
@@ -527,8 +540,11 @@ TO_CLIENT: Final[dict[str, type[Message]]] = {
     m.TYPE: m for m in (Welcome, Accepted, Refused, Partial, Results, Release, Reply, Fault, Heartbeat, Goodbye)
 }
 FROM_WORKER: Final[dict[str, type[Message]]] = {
-    m.TYPE: m for m in (WorkerHello, Ready, Pull, WorkerFinal, WorkerPartial, Resident, WorkerHeartbeat, Share, Drain, Goodbye)
-}
+    m.TYPE: m
+    for m in (
+        WorkerHello, Ready, Pull, WorkerFinal, WorkerPartial, Checkpoint, Resident, WorkerHeartbeat, Share, Drain, Goodbye
+    )
+}  # fmt: skip
 TO_WORKER: Final[dict[str, type[Message]]] = {
     m.TYPE: m for m in (Welcome, Assign, CancelLease, Release, Drain, Fault, Heartbeat, Goodbye)
 }

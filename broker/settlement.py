@@ -42,6 +42,8 @@ class Settlement:
         assigned_at = self._now if piece.lease is None else piece.lease.assigned_at
         span = (run.id, start, stop, at, 1000.0 * (assigned_at - run.arrived))
         self._count(run, num_rows, assigned_at, is_leased=piece.lease is not None)
+        if piece.saved is not None:
+            self._state.journal.unsave(piece.saved)
         self._state.ledger.end(piece, start, stop, self._outcome)
         self.num_rows += num_rows
         spans = self.spans.get(session)

@@ -69,6 +69,7 @@ class Spec:
     base_ms: float
     per: Mapping[str, float]
     wire: Mapping[str, Any]
+    has_checkpoints: bool = False
     _plans: "dict[tuple[Any, ...], Plan]" = field(default_factory=dict)
 
     def bind(self, m: Submit, principal: str) -> Binding:
@@ -218,6 +219,7 @@ def parse(wire: Mapping[str, Any]) -> Spec:
             max_batch_size=_typed(wire["max_batch_size"], int),
             max_batch_cost_ms=_maybe_float(wire["max_batch_cost_ms"]), base_ms=_finite(cost["base_ms"]),
             per={_typed(k, str): _finite(v) for k, v in cost["per"].items()}, wire=wire,
+            has_checkpoints=_typed(wire.get("checkpoints", False), bool),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ProtocolError(f"a kernel spec is malformed: {type(e).__name__}: {e}") from e

@@ -5,6 +5,7 @@ split as batches and cancels need it, so that bookkeeping costs per range and no
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from penstock.broker.columns import Block
@@ -26,15 +27,30 @@ MOVES = {
 """Every move that a row may make. The other states are outcomes: nothing leaves them."""
 
 
+@dataclass(slots=True)
+class Saved:
+    """What a row can go on from: a block that its kernel made under the version `digest`, and the number of its next partial.
+
+    `num_acquitted`: how often deaths before it were made to count no more. `number` is that of its record on disk, 0: none.
+    """
+
+    digest: bytes
+    block: Block
+    part: int
+    num_acquitted: int = 0
+    number: int = 0
+
+
 class Piece:
     """Rows [start, stop) of a run in one state. `entry` is its place in its `lane` while queued, `lease` who holds it.
 
     `alone_ms` is what its rows are predicted to take one by one, `cell` the class of the longest; the policy sets them.
-    `evidence` has a line per worker that was lost while running it, a single row, alone.
+    `evidence` has a line per worker that was lost while running it, a single row, alone; `saved` is of a single row, too.
     """
 
     __slots__ = (
-        "alone_ms", "cell", "deaths", "entry", "evidence", "is_isolated", "lane", "lease", "run", "start", "state", "stop",
+        "alone_ms", "cell", "deaths", "entry", "evidence", "is_isolated", "lane", "lease", "run", "saved", "start", "state",
+        "stop",
     )  # fmt: skip
 
     def __init__(self, run: "Run", start: int, stop: int, state: str = QUEUED) -> None:
@@ -50,6 +66,7 @@ class Piece:
         self.deaths = 0
         self.evidence: tuple[str, ...] = ()
         self.is_isolated = False
+        self.saved: Saved | None = None
 
     @property
     def num_rows(self) -> int:
@@ -128,20 +145,26 @@ class Run:
             if piece.start < stop and start < piece.stop:
                 yield piece
 
+    def cut_out(self, start: int, stop: int) -> Iterator[Piece]:
+        """Pieces with rows in [start, stop) and no others; only before they are in a queue."""
+        for piece in self.overlapping(start, stop):
+            if piece.start < start:
+                piece = piece.split(start)
+            if piece.stop > stop:
+                piece.split(stop)
+            yield piece
+
     def keep_only(self, ended: Sequence[tuple[int, int]], deaths: Sequence[tuple[int, int, int]]) -> None:
-        """Before it is opened: rows that have an outcome, in order, are none of its pieces; others have died so often."""
+        """Before it is opened: rows that have an outcome, in order, are none of its pieces; suspects have died so often, which
+        is said again as it changes."""
         at, self.pieces = 0, []
         for start, stop in [*ended, (self.num_rows, self.num_rows)]:
             if at < start:
                 self.pieces.append(Piece(self, at, start))
             at = max(at, stop)
         for start, stop, count in deaths:
-            for piece in self.overlapping(start, stop):
-                if piece.start < start:
-                    piece = piece.split(start)
-                if piece.stop > stop:
-                    piece.split(stop)
-                piece.deaths, piece.is_isolated = max(piece.deaths, count), True
+            for piece in self.cut_out(start, stop):
+                piece.deaths, piece.is_isolated = count, True
         self.num_open = sum(piece.num_rows for piece in self.pieces)
 
     def release(self) -> None:

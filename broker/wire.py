@@ -15,7 +15,7 @@ import msgpack
 from penstock.broker.columns import Block, Buffer, LayoutError, view
 from penstock.broker.packed import PackedError, unpack
 
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 VERSION = bytes((ord("P"), ord("S"), MAJOR, MINOR))
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ROWS = 4096

@@ -1,25 +1,24 @@
-"""The worker side of the core: sessions, credit, leases and their answers, and workers that vanish.
+"""The worker side of the core: sessions, credit, and workers that vanish.
 
-Knows what a worker holds and when it is lost. Does not know who gets a batch next, nor how clients are told.
+Knows what a worker offers and when it is lost. Does not know what becomes of its leases (`leases.py`), nor who gets a batch
+next.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from penstock.broker import checkpoints
 from penstock.broker.clients import Clients
-from penstock.broker.columns import Block, any_shared, gather
 from penstock.broker.dispatch import Dispatch
+from penstock.broker.leases import Leases
 from penstock.broker.protocol import (
-    Answer,
-    Assign,
-    CancelLease,
+    Checkpoint,
     Code,
     Drain,
     Error,
     Fault,
     Goodbye,
     Heartbeat,
-    Outcome,
     Pull,
     Ready,
     Resident,
@@ -31,28 +30,22 @@ from penstock.broker.protocol import (
     WorkerPartial,
 )
 from penstock.broker.sessions import Route, WorkerSession
-from penstock.broker.sharing import Unshared
-from penstock.broker.spec import Spec, parse
+from penstock.broker.spec import parse
 from penstock.broker.state import BACK, BrokerState
-from penstock.broker.tasks import DEAD, DONE, FAILED, LEASED, Lease, Piece
 from penstock.broker.wire import Message
-
-TOLD_MS = 100.0
-"""What is predicted to take less is not worth telling: a worker grants every batch seconds."""
-MAX_PREDICTED_MS = 1e12
 
 
 class Workers:
-    """All worker sessions and their leases."""
+    """All worker sessions."""
 
-    def __init__(self, state: BrokerState, clients: Clients) -> None:
+    def __init__(self, state: BrokerState, clients: Clients, leases: Leases, dispatch: Dispatch) -> None:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
         self.by_secret = state.workers
         self.changed_at = state.started_at
-        self.dispatch: Dispatch
-        """Is told what becomes of leases; set by whoever made both."""
         self._clients = clients
+        self._leases = leases
+        self._dispatch = dispatch
 
     # --- messages --------------------------------------------------------------------------------------------------
 
@@ -72,9 +65,12 @@ class Workers:
         worker.last_seen = now
         match m:
             case WorkerFinal():
-                self._final(worker, m, now)
+                self._grant(worker, m.credit)
+                self._leases.final(worker, m, now)
             case WorkerPartial():
-                self._partial(worker, m, now)
+                self._leases.partial(worker, m, now)
+            case Checkpoint():
+                self._leases.checkpoint(worker, m, now)
             case Pull():
                 self._grant(worker, m.credit)
             case Ready():
@@ -115,7 +111,10 @@ class Workers:
         self.by_route[route] = worker
         config = self.state.config
         shared = self.state.sharing.offer(worker, config, pid)
-        welcome = Welcome(epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, shared=shared)
+        welcome = Welcome(
+            epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, shared=shared,
+            limits=checkpoints.limits(config),
+        )  # fmt: skip
         self.state.send(BACK, route, welcome)
 
     def _free_name(self, wanted: str) -> str:
@@ -130,24 +129,18 @@ class Workers:
         for lease in lost:
             self.state.counters["leases_lost_on_the_way"] += 1
             may_have_run = not lease.queue.spec.is_idempotent  # its answer may be what was lost
-            self._recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=may_have_run)
+            self._leases.recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=may_have_run)
         worker.turn_to_next(now)
         worker.assigned_batches, worker.assigned_bytes = worker.batches, 0
         worker.credit_batches, worker.credit_bytes = m.credit
         worker.facts, worker.resident = m.device, {k: str(v) for k, v in m.resident.items()}
         worker.device = str(m.device.get("device", worker.device))[:64]
         worker.is_ready = True
-        self.dispatch.arrived(worker, now)
+        self._dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
         for spec in specs:
             self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
-        self.rebind(now)
-
-    def rebind(self, now: float) -> None:
-        """Move what waits for a version that nobody offers any more to the current one."""
-        for queue in self.state.policy.stale(self.state.kernels.current()):
-            runs = {entry[-1].run: None for lanes in queue.lanes.values() for lane in lanes.values() for entry in lane.pieces}
-            self._clients.bind_late(list(runs), now)
+        self._leases.rebind(now)
 
     def _heartbeat(self, route: Route, principal: str, m: WorkerHeartbeat, now: float) -> None:
         worker = self.by_secret.get(m.session)
@@ -185,11 +178,11 @@ class Workers:
         self.changed_at = now
         self.state.counters["workers_lost" if is_suspect else "workers_left"] += 1
         self.state.kernels.withdraw(worker)
-        self.dispatch.left(worker)
+        self._dispatch.left(worker)
         is_alone = len(worker.leases) == 1
         for lease in list(worker.leases.values()):
-            self._recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone)
-        self.rebind(now)
+            self._leases.recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone)
+        self._leases.rebind(now)
 
     def expel(self, principals: Collection[str], now: float) -> None:
         """Their keys are allowed no more: what they hold goes to others."""
@@ -214,179 +207,9 @@ class Workers:
             worker.last_seen = min(worker.last_seen + pause_s, now)
             worker.progress_at = min(worker.progress_at + pause_s, now)
 
-    # --- leases ----------------------------------------------------------------------------------------------------
-
     def _grant(self, worker: WorkerSession, credit: Sequence[int]) -> None:
         worker.credit_batches = max(worker.credit_batches, credit[0])
         worker.credit_bytes = max(worker.credit_bytes, credit[1])
-
-    def assign(self, lease: Lease) -> None:
-        """Send a lease to its worker."""
-        for piece in lease.pieces:
-            self.state.journal.started(piece)
-        queue, first, worker = lease.queue, lease.pieces[0].run, lease.worker
-        blocks = _blocks(lease.pieces)
-        if any_shared(blocks):
-            blocks = self.state.sharing.readable_batch(blocks, worker)
-            lease.lent = [b for b in blocks if b.has_shared]
-        assign = Assign(
-            lease=lease.token, kernel=queue.spec.name, digest=queue.spec.digest, mode=lease.mode, statics=queue.statics,
-            blocks=blocks, scalars=_scalars(lease.pieces), attempt=lease.attempt,
-            principal=first.session.principal if queue.spec.is_scoped else "", traceparent=first.traceparent,
-            is_unshared=worker.sharer is not None and not _is_readable(lease.pieces, worker),
-            predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
-        )  # fmt: skip
-        self.state.send(BACK, worker.route, assign)
-
-    def cancel(self, lease: Lease) -> None:
-        """Tell the worker that nobody waits for this lease."""
-        self.state.send(BACK, lease.worker.route, CancelLease(lease=lease.token))
-
-    def _find(self, worker: WorkerSession, token: int) -> Lease | None:
-        lease = worker.leases.get(token)
-        if lease is None:
-            self.state.counters["late_answers"] += 1
-        return lease
-
-    def _final(self, worker: WorkerSession, m: WorkerFinal, now: float) -> None:
-        self._grant(worker, m.credit)
-        answers = self._adopt(worker, m.answers)
-        lease = self._find(worker, m.lease)
-        if lease is None:
-            return
-        worker.progress_at = now
-        timings = {**m.timings, "batch_size": lease.num_rows, "bin": lease.batch.label, "worker": worker.name}
-        for answer in answers:
-            if answer.error is not None and answer.error.code == Code.UNSHARED:
-                lease.is_unshared = True
-            else:
-                self._answer(lease, answer, timings, now)
-            lease.num_answered += answer.stop - answer.start
-        if lease.num_answered >= lease.num_rows:
-            held = [p for p in lease.pieces if p.state == LEASED]
-            self.state.ledger.close(lease)
-            self.dispatch.completed(lease, m.timings, now)
-            if held and lease.is_unshared:
-                self._share_no_more(worker, held, lease.queue.spec, now)
-            elif held:  # the worker counted some rows twice and left others out
-                self._leave_out(held, lease.queue.spec, now)
-
-    def _adopt(self, worker: WorkerSession, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Take what a worker answers in its memory on loan; what cannot be read there counts as not answered."""
-        if not any_shared([a.block for a in answers]):
-            return answers
-        adopted = list[Answer]()
-        for answer in answers:
-            if answer.block is not None:
-                try:
-                    self.state.sharing.adopt(worker, [answer.block], self.state.config)
-                except Unshared as e:
-                    answer = Answer(answer.start, answer.stop, error=Error(Code.UNSHARED, str(e)))
-            adopted.append(answer)
-        return adopted
-
-    def _share_no_more(self, worker: WorkerSession, pieces: list[Piece], spec: Spec, now: float) -> None:
-        """Worker and broker cannot read each other's memory after all: the rows go again, from now on in frames."""
-        if worker.sharer is not None:
-            worker.sharer.is_on = False
-        self.state.counters["workers_unshared"] += 1
-        if not spec.is_idempotent:
-            self._leave_out(pieces, spec, now)
-            return
-        for piece in pieces:
-            self.state.ledger.requeue(piece)
-        self.rebind(now)
-
-    def _leave_out(self, pieces: list[Piece], spec: Spec, now: float) -> None:
-        """A worker says that it is done with a lease, but these rows have no answer."""
-        self.state.counters["unanswered"] += sum(p.num_rows for p in pieces)
-        if not spec.is_idempotent:
-            text = f"the worker left it out of its answer; {spec.name!r} is not idempotent, so it was not run again"
-            self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
-            return
-        for piece in pieces:
-            piece.deaths += 1
-            self.state.journal.died(piece)
-            piece.run.expected_s = None
-            if piece.deaths < self.state.config.max_attempts:
-                self.state.ledger.requeue(piece)
-            else:
-                text = f"{piece.deaths} times the worker left it out of its answer"
-                self._end([piece], FAILED, Error(Code.FAILED, text), now)
-        self.rebind(now)
-
-    def _answer(self, lease: Lease, answer: Answer, timings: dict[str, Any], now: float) -> None:
-        ends = list[tuple[Piece, int, int, int]]()
-        for piece, first, last in lease.overlapping(answer.start, answer.stop):
-            start, stop = max(first, answer.start), min(last, answer.stop)
-            if piece.state != LEASED:
-                self.state.counters["late_answers"] += stop - start
-                continue
-            ends.append((piece, piece.start + start - first, piece.start + stop - first, start - answer.start))
-        if not ends:
-            return
-        num_rows = sum(stop - start for _, start, stop, _ in ends)
-        if answer.error is None:
-            lease.worker.num_done += num_rows
-        else:
-            lease.worker.num_failed += num_rows
-            lease.num_failed += num_rows if answer.error.code == Code.FAILED else 0
-        outcome = Outcome((), answer.block, answer.error, (), timings, attempt=lease.attempt)
-        self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
-
-    def _partial(self, worker: WorkerSession, m: WorkerPartial, now: float) -> None:
-        if any_shared([m.block]):
-            try:
-                self.state.sharing.adopt(worker, [m.block], self.state.config)
-            except Unshared:
-                return  # its final brings it once more
-        lease = self._find(worker, m.lease)
-        if lease is None or m.block.num_rows != 1:
-            return
-        worker.progress_at = now
-        piece = lease.pieces[0]
-        if piece.state != LEASED:
-            self.state.counters["late_answers"] += 1
-            return
-        span = (piece.run.id, piece.start, piece.start + 1)
-        self._clients.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
-
-    def _recover(self, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
-        """A lease will not be answered. Suspects return in halves and alone, so that one that kills is found."""
-        pieces = [p for p in lease.pieces if p.state == LEASED]
-        self.state.ledger.close(lease)
-        self.dispatch.abandoned(lease)
-        if not pieces:
-            return
-        num_rows = sum(p.num_rows for p in pieces)
-        if not lease.queue.spec.is_idempotent and is_suspect:
-            text = f"{reason}; {lease.queue.spec.name!r} is not idempotent, so it was not run again"
-            self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
-            return
-        if is_suspect and is_alone and num_rows == 1:
-            suspect = pieces[0]
-            suspect.deaths += 1
-            suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))
-            if suspect.deaths >= self.state.config.max_attempts:
-                text = f"{suspect.deaths} workers were lost while running this task alone"
-                self._end(pieces, DEAD, Error(Code.DEAD, text, detail="\n".join(suspect.evidence)), now)
-                return
-        half = (num_rows + 1) // 2
-        for piece in pieces:
-            self.state.counters["redelivered"] += piece.num_rows
-            piece.run.expected_s = None  # nobody foresaw this
-            parts = [piece]
-            if is_suspect:
-                piece.is_isolated = True
-                if piece.num_rows > half:  # whoever shares a batch with others' rows is halved with it, not after it
-                    parts.append(piece.split(piece.start + half))
-            for part in parts:
-                if is_suspect:
-                    self.state.journal.died(part)
-                self.state.ledger.requeue(part)
-
-    def _end(self, pieces: list[Piece], state: str, error: Error, now: float) -> None:
-        self._clients.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
 
     def report(self) -> list[dict[str, Any]]:
         """One row per worker, for status."""
@@ -398,48 +221,3 @@ class Workers:
             }
             for w in sorted(self.by_secret.values(), key=lambda w: w.name)
         ]  # fmt: skip
-
-
-def _is_readable(pieces: Sequence[Piece], worker: WorkerSession) -> bool:
-    """Whether everybody who waits for these rows can read this worker's memory."""
-    if worker.sharer is None or not worker.sharer.is_on:
-        return False
-    for piece in pieces:
-        session = piece.run.session
-        if session.sharer is None or not session.sharer.is_on or session.principal != worker.principal:
-            return False
-    return True
-
-
-def _evidence(suspect: Piece, lease: Lease, reason: str, now: float) -> str:
-    """One line about a worker's end: when, after how long with the task, which one, and why."""
-    age_s, held_s = now - suspect.run.arrived, now - lease.assigned_at
-    worker = f"pid {lease.worker.pid}, {lease.worker.device}"
-    return f"{age_s:.1f} s after the task was taken, {held_s:.1f} s after it was assigned: {reason} ({worker})"
-
-
-def _blocks(pieces: Sequence[Piece]) -> list[Block]:
-    """The pieces' rows, joined where their columns are equal."""
-    groups = list[list[tuple[Block, int, int]]]()
-    for piece in pieces:
-        block = piece.run.block
-        assert block is not None
-        if not groups or groups[-1][0][0].columns != block.columns:
-            groups.append([])
-        groups[-1].append((block, piece.start, piece.stop))
-    return [gather(group) for group in groups]
-
-
-def _scalars(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Row scalars over the whole batch: one number when all rows have it, else one per row."""
-    names = pieces[0].run.scalars
-    made = dict[str, Any]()
-    for name in names:
-        values = [p.run.scalars[name] for p in pieces]
-        if not isinstance(values[0], list) and all(v == values[0] for v in values):
-            made[name] = values[0]
-            continue
-        rows = made[name] = []
-        for piece, value in zip(pieces, values, strict=True):
-            rows += value[piece.start : piece.stop] if isinstance(value, list) else [value] * piece.num_rows
-    return made

@@ -33,7 +33,8 @@ def kernel(
     """Declares a function or a class as the kernel `name`; the fields are those of `KernelSpec`.
 
     A function is called with a batch, by keyword. A class is constructed with its options and has `__call__` for
-    batches, or `open` and `step` for streaming, or all three; `load(device)` and `unload()` if it has state; `trim()` if it
+    batches, or `open` and `step` for streaming, or all three; `checkpoint` and `restore` if its streamed tasks can go on from
+    where another worker was lost; `load(device)` and `unload()` if it has state; `trim()` if it
     has caches that it can give back when memory is short, and returns their bytes.
     `inputs` overrides what the signature says (`signature.py` has the rules). Raises SpecError at once if the
     declaration is wrong; a cost function is called here, and nowhere else, and only a warning tells of one that fails.
@@ -62,6 +63,7 @@ def kernel(
             version=version,
             doc=(inspect.getdoc(target) or "") if doc is None else doc,
             hang_limit_s=hang_limit_s,
+            checkpoints="stream" in modes and callable(getattr(target, "checkpoint", None)),
         )
         if "stream" in modes:
             _check_open(spec, target.open)  # type: ignore[attr-defined]
@@ -80,9 +82,12 @@ def spec_of(target: object) -> KernelSpec | None:
 
 def _class_form(name: str, target: type) -> tuple[Callable[..., Any], tuple[str, ...], bool]:
     """(the method whose signature counts, modes, has state to load)."""
-    has = {method: callable(getattr(target, method, None)) for method in ("open", "step", "load", "unload")}
+    methods = ("open", "step", "load", "unload", "checkpoint", "restore")
+    has = {method: callable(getattr(target, method, None)) for method in methods}
     if has["open"] != has["step"]:
         raise SpecError(f"kernel {name!r}: streaming needs both `open` and `step`")
+    if has["checkpoint"] != has["restore"] or (has["checkpoint"] and not has["open"]):
+        raise SpecError(f"kernel {name!r}: going on elsewhere needs `checkpoint` and `restore`, beside `open` and `step`")
     if has["unload"] and not has["load"]:
         raise SpecError(f"kernel {name!r}: it has `unload` without `load`")
     is_callable = "__call__" in {attribute for base in target.__mro__ for attribute in vars(base)}

@@ -108,6 +108,20 @@ class Kernel:
             raise TypeError(f"kernel {self.spec.name!r}: step() must return one Step per state")
         return steps
 
+    def checkpoint(self, state: Any) -> Mapping[str, Any] | None:
+        """What a streamed task can go on from: name -> array, number, str or bytes; None if this is no good moment."""
+        self._require("stream")
+        with torch.no_grad():
+            saved: Mapping[str, Any] | None = self._target.checkpoint(state)
+        return saved
+
+    def restore(self, state: Any, saved: Mapping[str, Any]) -> Any:
+        """The state of a task that was opened just now, brought to where `checkpoint` gave `saved`: tensors on the device,
+        numbers as tensors without dimensions on the CPU, str, bytes."""
+        self._require("stream")
+        with torch.no_grad():
+            return self._target.restore(state, saved)
+
     def _require(self, mode: str) -> None:
         if mode not in self.spec.modes:
             raise RuntimeError(f"kernel {self.spec.name!r} has no mode {mode!r}")

@@ -70,6 +70,7 @@ class KernelSpec:
     principal is part of the batch key. `resident`: it has state to load first. `options`: what its constructor was
     given; part of the digest, because workers with different options must not share a batch key. `hang_limit_s`: a run or
     a step is not taken for hung before it has lasted so long; None = as the worker's settings and its measured times say.
+    `checkpoints`: its streamed tasks can go on elsewhere from what `checkpoint` gave.
     """
 
     name: str
@@ -86,6 +87,7 @@ class KernelSpec:
     doc: str = ""
     options: Mapping[str, StaticValue] = field(default_factory=dict)
     hang_limit_s: float | None = None
+    checkpoints: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -112,6 +114,9 @@ class KernelSpec:
         self._require(
             isinstance(self.version, str) and 0 < len(self.version) <= 64,
             f"version must be a string of 1 to 64 characters; got {self.version!r}",
+        )
+        self._require(
+            self.idempotent or not self.checkpoints, "what is not idempotent never runs again, so it has no use for checkpoints"
         )
         object.__setattr__(self, "cost", self._checked_cost())
 
@@ -163,6 +168,8 @@ class KernelSpec:
             "max_batch_cost_ms": self.max_batch_cost_ms,
             "cost": {"base_ms": self.linear_cost.base_ms, "per": dict(self.linear_cost.per)},
         }
+        if self.checkpoints:
+            wire["checkpoints"] = True
         hidden = {
             "options": dict(self.options),
             "pad_values": {name: kind.pad_value for name, kind in self.inputs if isinstance(kind, Tensor)},

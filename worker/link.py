@@ -112,6 +112,22 @@ class Final:
     timings: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointLimits:
+    """How often this broker takes a streaming task's checkpoint, and how large one may be."""
+
+    interval_s: float
+    max_bytes: int
+
+    @classmethod
+    def of(cls, welcome: Welcome) -> "CheckpointLimits | None":
+        """None: this broker takes none, or knows of none."""
+        interval_ms, max_bytes = welcome.limits.get("checkpoint_ms"), welcome.limits.get("max_checkpoint_bytes")
+        if not isinstance(interval_ms, int | float) or not isinstance(max_bytes, int):
+            return None
+        return cls(1e-3 * interval_ms, max_bytes)
+
+
 @dataclass(slots=True)
 class Held:
     """A lease whose answer has not left. `num_bytes` is what it takes of the credit; `is_unshared`: it goes in frames."""
@@ -138,6 +154,7 @@ class Link:
         self.heartbeat_ms = 1000.0
         self.held: dict[int, Held] = {}
         self.credit = Credit(max_bytes)
+        self.checkpoints: CheckpointLimits | None = None
         self._name = name
         self._device = device
 
@@ -156,6 +173,7 @@ class Link:
             return True
         self._move("welcome")
         self.epoch, self.heartbeat_ms = welcome.epoch, welcome.heartbeat_ms
+        self.checkpoints = CheckpointLimits.of(welcome)
         if not welcome.is_resumed:
             self.held.clear()
         return welcome.is_resumed

@@ -196,7 +196,7 @@ class Worker:
                 self._get_ready(work)
             is_busy = work.run_batch()
             if work.has_streams and len(self._outbox) < MAX_OUTBOX:
-                work.step_streams()
+                work.step_streams(may_save=not self._outbox)
                 self._poll(0.0)  # a loop that never waits notices here that the connection is gone
                 is_busy = True
             if work.fault is not None:

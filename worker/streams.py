@@ -3,6 +3,7 @@
 Knows states, chunks and results; does not know sockets or credit. Each task ends with exactly one answer.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +11,18 @@ from typing import Any
 
 import torch
 
-from penstock.broker.protocol import Answer, Assign, Code, Error, WorkerPartial
+from penstock.broker.protocol import Answer, Assign, Checkpoint, Code, Error, WorkerPartial
 from penstock.kernels import Step
 from penstock.worker import devices
+from penstock.worker.checkpoints import Saver, values_of
 from penstock.worker.failures import Failure, describe
-from penstock.worker.inputs import Plan
+from penstock.worker.inputs import Inputs, Plan
+from penstock.worker.link import CheckpointLimits
 from penstock.worker.outputs import to_row
 from penstock.worker.precision import open_task, step
 from penstock.worker.runner import Clock, Runner
+
+log = logging.getLogger("penstock.worker")
 
 
 @dataclass(slots=True)
@@ -29,6 +34,7 @@ class Stream:
     state: Any
     clock: Clock
     predicted_ms: float
+    saver: Saver
     num_parts: int = 0
 
 
@@ -72,7 +78,7 @@ class Streams:
                 inputs = self._runner.to_device(plan.single(assign.blocks, assign.scalars))
                 clock.h2d_ms += clock.lap()
                 watch.start(f"{plan.name}.open", assign.predicted_ms)
-                state = open_task(plan.kernel, {**inputs, **fixed}, self._runner.precisions.get(plan.name))
+                state, part = self._begin(plan, {**inputs, **fixed}, assign)
                 watch.stop(True)
                 clock.compute_ms += clock.lap()
             except Exception as e:
@@ -81,9 +87,23 @@ class Streams:
                 if failure.is_device_fault:
                     return Ended(assign.lease, _answer(plan, failure), clock, failure)
                 return self._refused(assign, failure.error, clock)
-        stream = Stream(assign.lease, plan, state, clock, assign.predicted_ms)
+        stream = Stream(assign.lease, plan, state, clock, assign.predicted_ms, Saver(), part)
         self._open.setdefault(plan.name, {})[assign.lease] = stream
         return None
+
+    def _begin(self, plan: Plan, inputs: Inputs, assign: Assign) -> tuple[Any, int]:
+        """A task's state and the number of its next part: where an earlier worker got, or anew if that cannot be used."""
+        precision = self._runner.precisions.get(plan.name)
+        state = open_task(plan.kernel, inputs, precision)
+        if assign.checkpoint is None:
+            return state, 0
+        try:
+            return plan.kernel.restore(state, values_of(assign.checkpoint, self._runner.device)), assign.part
+        except Exception as e:
+            if describe(plan.name, e).is_device_fault:
+                raise
+            log.warning("kernel %r cannot go on from its checkpoint, and begins anew: %s: %s", plan.name, type(e).__name__, e)
+        return open_task(plan.kernel, inputs, precision), 0
 
     def _refused(self, assign: Assign, error: Error, clock: Clock) -> Ended:
         num_rows = max(sum(block.num_rows for block in assign.blocks), 1)
@@ -101,13 +121,21 @@ class Streams:
         """Forget all tasks: nobody waits for them."""
         self._open.clear()
 
-    def step(self) -> Iterator[WorkerPartial | Ended]:
-        """One step of every kernel that has open tasks."""
+    def step(self, limits: CheckpointLimits | None = None) -> Iterator[WorkerPartial | Checkpoint | Ended]:
+        """One step of every kernel that has open tasks, and the checkpoints that are due; without limits there are none."""
         for streams in [s for s in self._open.values() if s]:
             active = list(streams.values())
             with torch.inference_mode():
-                events = list(self._step(active))
+                events: list[WorkerPartial | Checkpoint | Ended] = list(self._step(active))
+                if limits is not None and active[0].plan.kernel.spec.checkpoints:
+                    events += self._save(list(streams.values()), limits)
             yield from events
+
+    def _save(self, active: list[Stream], limits: CheckpointLimits) -> Iterator[Checkpoint]:
+        for stream in active:
+            block = stream.saver.save(stream.plan.kernel, stream.state, limits)
+            if block is not None:
+                yield Checkpoint(lease=stream.lease, block=block, part=stream.num_parts)
 
     def _step(self, active: list[Stream]) -> Iterator[WorkerPartial | Ended]:
         steps = self._attempt(active)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from penstock.broker.columns import Buffer, any_shared
 from penstock.broker.peer_memory import PeerMemory
-from penstock.broker.protocol import Answer, Assign, Code, Error, Resident, WorkerPartial
+from penstock.broker.protocol import Answer, Assign, Checkpoint, Code, Error, Resident, WorkerPartial
 from penstock.broker.segments import SegmentError
 from penstock.broker.shared import DescriptorError
 from penstock.broker.wire import encode
@@ -194,13 +194,14 @@ class Work:
                 landed.release()
         self._leaving = staying
 
-    def step_streams(self) -> None:
-        """One step of everything that streams."""
+    def step_streams(self, may_save: bool) -> None:
+        """One step of everything that streams; `may_save`: nothing waits to be sent, so that a checkpoint delays nothing."""
+        limits = self._link.checkpoints if may_save else None
         with self._in_kernel():
-            events = list(self.engine.streams.step())
+            events = list(self.engine.streams.step(limits))
         self.progress += 1
         for event in events:
-            if isinstance(event, WorkerPartial):
+            if isinstance(event, WorkerPartial | Checkpoint):
                 self._send(encode(event))
             else:
                 self._end(event)

@@ -5,6 +5,7 @@ must look like (`tasks.py`). `penstock.kernels.ops` has `simulate` and the world
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,6 +125,21 @@ class Simulate:
             place = replace(place, stiffness=_each(state, stiffness), damping=_each(state, damping))
         _check_snapshots(state, int(steps), snapshot_every)
         return Simulation(place, state, _each(state, dt), int(seed), int(steps_done), int(steps), snapshot_every)
+
+    def checkpoint(self, task: Simulation) -> dict[str, Any]:
+        """Where everybody is; the world comes with the inputs."""
+        state = task.state
+        rewards = {} if state.rewards is None else {"rewards": state.rewards}
+        place = {"positions": state.positions, "velocities": state.velocities, **rewards}
+        return {**place, "steps_done": task.steps_done, "num_left": task.num_left}
+
+    def restore(self, task: Simulation, saved: Mapping[str, Any]) -> Simulation:
+        """The task as it was then: it goes on bit for bit."""
+        task.steps_done, task.num_left = int(saved["steps_done"]), int(saved["num_left"])
+        done = torch.full_like(task.state.steps_done, task.steps_done)
+        place = {name: saved[name] for name in ("positions", "velocities", "rewards") if name in saved}
+        task.state = replace(task.state, **place, steps_done=done)
+        return task
 
     def step(self, tasks: list[Simulation]) -> list[Step]:
         """Some steps for every task, those that can be advanced together in one go; all tasks advance, or none."""

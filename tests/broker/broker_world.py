@@ -78,13 +78,14 @@ def spec(
     base_ms: float = 0.0,
     per: Mapping[str, float] | None = None,
     digest: bytes = b"version1",
+    checkpoints: bool = False,
 ) -> dict[str, Any]:
     """A synthetic kernel's spec as a worker sends it."""
     return {
         "name": name, "version": "1", "digest": digest, "inputs": [list(i) for i in inputs], "modes": list(modes),
         "combine": combine, "idempotent": idempotent, "scoped": scoped, "resident": False,
         "max_batch_size": max_batch_size, "max_batch_cost_ms": max_batch_cost_ms,
-        "cost": {"base_ms": base_ms, "per": dict(per or {})},
+        "cost": {"base_ms": base_ms, "per": dict(per or {})}, **({"checkpoints": True} if checkpoints else {}),
     }  # fmt: skip
 
 
@@ -398,6 +399,12 @@ class FakeWorker(Peer):
                 self.cancelled.append(message.lease)
             case p.Drain():
                 self.is_drained = True
+
+    def save(self, token: int | None = None, data: bytes = b"", part: int = 0) -> None:
+        """Send a checkpoint of a streaming lease: `data` after the name of its row."""
+        token = self.the_lease() if token is None else token
+        (row,) = rows_of(self.leases[token])
+        self.send(p.Checkpoint(lease=token, block=echo_block([row[:TAG_BYTES] + data]), part=part))
 
     def batches(self) -> list[list[tuple[bytes, int]]]:
         """The leases held, as lists of (run id, row)."""

@@ -8,14 +8,14 @@ from broker_machine import check_machine
 
 from penstock.broker.admission import Admission
 from penstock.broker.clients import Clients
+from penstock.broker.leases import Leases
 from penstock.broker.ledger import Ledger
-from penstock.broker.protocol import Outcome
+from penstock.broker.protocol import Checkpoint, Outcome
 from penstock.broker.scheduling.lanes import BatchQueue, Lane
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.settlement import Settlement
-from penstock.broker.tasks import Lease, Piece
-from penstock.broker.workers import Workers
+from penstock.broker.tasks import Lease, Piece, Saved
 
 Patch = pytest.MonkeyPatch
 Fault = Callable[[Patch], None]
@@ -124,7 +124,7 @@ def batches_are_too_large(patch: Patch) -> None:
 
 @fault
 def anybodys_lease_is_answered(patch: Patch) -> None:
-    patch.setattr(Workers, "_find", lambda self, worker, token: self.state.ledger.leases.get(token))
+    patch.setattr(Leases, "_find", lambda self, worker, token: self.state.ledger.leases.get(token))
 
 
 @fault
@@ -238,13 +238,47 @@ def a_lease_is_closed_twice(patch: Patch) -> None:
 
 @fault
 def a_lease_stays_with_the_lost_worker(patch: Patch) -> None:
-    patch.setattr(Workers, "_recover", lambda self, *args: None)
+    patch.setattr(Leases, "recover", lambda self, *args: None)
+
+
+@fault
+def a_checkpoint_needs_no_lease(patch: Patch) -> None:
+    real = Leases.checkpoint
+
+    def checkpoint(self: Leases, worker: WorkerSession, m: Checkpoint, now: float) -> None:
+        lease = self.state.ledger.leases.get(m.lease)
+        if lease is not None and lease.mode == "stream":
+            real(self, lease.worker, m, now)
+
+    patch.setattr(Leases, "checkpoint", checkpoint)
+
+
+@fault
+def checkpoints_are_lost_with_the_worker(patch: Patch) -> None:
+    real = Ledger.requeue
+
+    def requeue(self: Ledger, piece: Piece) -> None:
+        self.save(piece, None)
+        real(self, piece)
+
+    patch.setattr(Ledger, "requeue", requeue)
+
+
+@fault
+def a_checkpoint_is_counted_once_more(patch: Patch) -> None:
+    real = Ledger.save
+
+    def save(self: Ledger, piece: Piece, saved: Saved | None) -> None:
+        self.open_bytes += saved.block.nbytes if saved is not None and piece.saved is not None else 0
+        real(self, piece, saved)
+
+    patch.setattr(Ledger, "save", save)
 
 
 @fault
 def everything_is_redelivered(patch: Patch) -> None:
-    real = Workers._recover
-    patch.setattr(Workers, "_recover", lambda self, *args, **_: real(self, *args[:3], False))
+    real = Leases.recover
+    patch.setattr(Leases, "recover", lambda self, *args, **_: real(self, *args[:3], False))
 
 
 @fault

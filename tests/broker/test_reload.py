@@ -141,7 +141,7 @@ def test_what_needs_a_restart_is_refused_by_name(world: World, name: str) -> Non
         "url": "ipc:///else", "listen": "tcp://127.0.0.1:7777", "curve": "off", "group_access": True,
         "metrics": "127.0.0.1:0", "state_dir": Path("/else"), "max_message_bytes": 5, "heartbeat_ms": 1.0,
         "dedup_window_s": 1.0, "dedup_bytes": 1, "journal": "memory", "result_ttl_s": 1.0, "max_kept_bytes": 1,
-        "min_free_bytes": 1,
+        "min_free_bytes": 1, "checkpoint_s": 1.0, "max_checkpoint_bytes": 1,
     }  # fmt: skip
     current = world.configuration.current
     wanted = dataclasses.replace(current, broker=dataclasses.replace(current.broker, **{name: other[name]}))

@@ -399,7 +399,7 @@ def test_another_major_version_ends_the_session_with_both_named():
     rig.session.open(rig.now)
     rig.send()
     rig.session.receive([b"PS\x09\x00", b"\x80"], rig.now)
-    assert "9.0 met 1.2" in str(rig.session.error)
+    assert "9.0 met 1.3" in str(rig.session.error)
 
 
 def test_garbage_and_misfits_are_noted_and_nothing_else():

@@ -121,6 +121,22 @@ class OpenOnly:
     def open(self, x): ...
 
 
+class SavesOnly:
+    def open(self, x): ...
+
+    def step(self, states): ...
+
+    def checkpoint(self, state): ...
+
+
+class NothingToSave:
+    def __call__(self, x): ...
+
+    def checkpoint(self, state): ...
+
+    def restore(self, state, saved): ...
+
+
 class NoForm:
     pass
 
@@ -150,6 +166,8 @@ class Narrow:
         (odd_default, "cannot be a static"),
         (packed, "x_offsets"),
         (OpenOnly, "both `open` and `step`"),
+        (SavesOnly, "needs `checkpoint` and `restore`"),
+        (NothingToSave, "beside `open` and `step`"),
         (NoForm, "neither"),
         (UnloadOnly, "without `load`"),
         (Narrow, "does not take the inputs size"),
@@ -323,3 +341,25 @@ def test_the_digest_tells_kernels_apart() -> None:
     digests = {spec.to_wire()["digest"] for spec in specs}
     assert len(digests) == len(specs)
     assert declared(lambda x, factor=1.0: None).to_wire()["digest"] in digests
+
+
+def test_checkpoints_are_another_kernel_and_no_news_to_those_without() -> None:
+    class Plain:
+        def open(self, x): ...
+
+        def step(self, states): ...
+
+    class Saving(Plain):
+        def checkpoint(self, state): ...
+
+        def restore(self, state, saved): ...
+
+    plain, saving = (spec_of(kernel("k")(target)) for target in (Plain, Saving))
+    assert plain is not None
+    assert saving is not None
+    assert saving.checkpoints
+    assert saving.to_wire()["checkpoints"] is True
+    assert "checkpoints" not in plain.to_wire()
+    assert plain.to_wire()["digest"] != saving.to_wire()["digest"]
+    with pytest.raises(SpecError, match="never runs again"):
+        kernel("k", idempotent=False)(type("Once", (Saving,), {}))

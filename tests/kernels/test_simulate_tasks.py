@@ -208,3 +208,29 @@ def test_what_is_refused(kernel: Kernel, index: int) -> None:
     given, message = REFUSED[index]
     with pytest.raises(InvalidInput, match=message):
         kernel.open(**{**task(), **given})
+
+
+@pytest.mark.parametrize("world", ["boids", "circles", "grid"])
+def test_a_saved_task_goes_on_bit_for_bit(kernel: Kernel, world: str) -> None:
+    """What a broker keeps for the next worker, in the middle of a task: snapshots and rewards go on as well."""
+    given = task(world, steps=30.0, steps_done=3.0, snapshot_every=4)
+    [(chunks, result)] = finish(kernel, given)
+    state = kernel.open(**given)
+    for _ in range(100):
+        if state.steps_done > 15:
+            break
+        kernel.step([state])
+    saved = {name: torch.as_tensor(value).clone() for name, value in (kernel.checkpoint(state) or {}).items()}
+    again = kernel.restore(kernel.open(**given), saved)
+    assert again.num_left == state.num_left < 20
+    rest: list[dict[str, Any]] = []
+    for _ in range(100):
+        [step] = kernel.step([again])
+        if step.chunk is not None:
+            rest.append({name: torch.as_tensor(value) for name, value in step.chunk.items()})
+        if step.result is not None:
+            break
+    assert_same({name: torch.as_tensor(value) for name, value in (step.result or {}).items()}, result)
+    assert 0 < len(rest) < len(chunks)
+    for ours, theirs in zip(rest, chunks[-len(rest) :], strict=True):
+        assert_same(ours, theirs)

@@ -138,3 +138,47 @@ class Count:
             return Step(chunk={"value": value, "word": str(int(value))})
         every = torch.arange(state["start"], state["start"] + state["steps"])
         return Step(chunk={"value": value, "word": str(int(value))}, result={"values": every})
+
+
+@kernel("think", inputs={"prompt": Blob("text")}, max_batch_size=8)
+class Think:
+    """Writes tokens, each of which depends on all before it, into a buffer that stays where it is; it can go on elsewhere.
+
+    `saves` is what happens to its checkpoints: well, not now, fails, large; restoring fails where it says so.
+    """
+
+    num_steps = 0
+
+    def open(self, prompt: str, num_tokens: int = 20, saves: str = "well", pause: float = 0.0) -> dict[str, Any]:
+        tokens = torch.zeros(num_tokens, dtype=torch.int64)
+        return {"tokens": tokens, "at": 0, "seed": sum(prompt.encode()), "heat": 0.1, "saves": saves, "pause": pause}
+
+    def step(self, states: list[dict[str, Any]]) -> list[Step]:
+        type(self).num_steps += len(states)
+        time.sleep(max(state["pause"] for state in states))
+        return [self._write(state) for state in states]
+
+    def _write(self, state: dict[str, Any]) -> Step:
+        tokens, at = state["tokens"], state["at"]
+        tokens[at] = (6364136223846793005 * int(tokens[:at].sum()) + state["seed"] + at) % 50_000
+        state["at"], state["heat"] = at + 1, state["heat"] * 1.1
+        done = {"tokens": tokens.clone(), "heat": torch.tensor(state["heat"], dtype=torch.float64)}
+        return Step(chunk={"token": tokens[at].clone()}, result=done if at + 1 == len(tokens) else None)
+
+    def checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        if state["saves"] == "not now" and state["at"] % 7:
+            return None
+        if state["saves"] == "fails":
+            raise ValueError("nothing to hand over")
+        pad = bytes(10_000) if state["saves"] == "large" else b""
+        note = {"note": "\u00fcber", "pad": pad, "is_odd": state["at"] % 2 == 1, "none": torch.zeros(0, 3)}
+        return {"tokens": state["tokens"], "at": state["at"], "heat": state["heat"], **note}
+
+    def restore(self, state: dict[str, Any], saved: Any) -> dict[str, Any]:
+        state["at"] = int(saved["at"])
+        if state["saves"] == "cannot":
+            raise ValueError("that is not mine")
+        assert saved["note"] == "\u00fcber"
+        assert bool(saved["is_odd"]) == (state["at"] % 2 == 1)
+        assert saved["none"].shape == (0, 3)
+        return {**state, "tokens": saved["tokens"], "heat": float(saved["heat"])}
