@@ -11,6 +11,7 @@ from typing import Any
 from penstock.broker import reports
 from penstock.broker.admission import Admission, Refusal, is_same
 from penstock.broker.durable import DurableJournal
+from penstock.broker.fitting import messages
 from penstock.broker.jobs import OPS, Jobs
 from penstock.broker.journal import Entry
 from penstock.broker.kept import Kept
@@ -47,8 +48,6 @@ from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEU
 from penstock.broker.wire import Message
 
 MAX_CLOSED_PER_TURN = 250
-MAX_REPLAYED = 32
-"""Remembered outcomes per message: each has a header of its own."""
 
 
 class Clients:
@@ -401,8 +400,8 @@ class Clients:
         self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = True
     ) -> None:
         """Outcomes that were recorded before; `finished` are submissions of which nothing else will come."""
-        for at in range(0, len(outcomes), MAX_REPLAYED):
-            self._deliver(session, outcomes[at : at + MAX_REPLAYED], finished, is_promise)
+        for fitting in messages(outcomes):
+            self._deliver(session, fitting, finished, is_promise)
 
     def _give_back(self, session: ClientSession, num_rows: int, num_bytes: int) -> None:
         session.returned_rows += num_rows

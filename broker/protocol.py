@@ -100,7 +100,14 @@ def _parse_error(value: Any, reader: Reader) -> Error | None:
 
 
 def _write_error(error: Error | None, _: list[Buffer]) -> Any:
-    return error and [error.code, error.message[:MAX_TEXT], error.retry_after_ms, error.detail[:MAX_DETAIL]]
+    return error and [error.code, _cut(error.message, MAX_TEXT), error.retry_after_ms, _cut(error.detail, MAX_DETAIL)]
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """Its beginning, in at most so many bytes: a header has room for one error, whatever the language."""
+    if 4 * len(text) <= max_bytes:
+        return text
+    return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
 MAX_DETAIL: Final = 16 * 1024

@@ -17,6 +17,7 @@ import zmq
 
 from penstock.broker import selftest
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
+from penstock.broker.columns import Buffer
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
@@ -39,6 +40,7 @@ from penstock.broker.protocol import (
     Error,
     Fault,
     Hello,
+    Reply,
     Share,
     WorkerHeartbeat,
     WorkerHello,
@@ -49,7 +51,7 @@ from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import Store
-from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
+from penstock.broker.wire import MAX_FRAMES, Message, ProtocolError, decode, encode
 
 log = logging.getLogger("penstock.broker")
 
@@ -357,7 +359,9 @@ class Server:
         self._promises.perform(actions, self.core.take_writes())
 
     def _send(self, action: Send) -> None:
-        s, frames = self._doors[action.route[0]].socket, encode(action.message)
+        s, frames = self._doors[action.route[0]].socket, self._encode(action.message)
+        if not frames:
+            return
         try:
             s.send(action.route[1:], _SNDMORE | _NOBLOCK)
         except zmq.ZMQError as e:
@@ -370,6 +374,17 @@ class Server:
         for frame in frames:
             s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
         s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+
+    def _encode(self, message: Message) -> list[Buffer]:
+        """The frames; none, and an entry in the log, where the core says what cannot travel: nothing may end the loop."""
+        try:
+            return encode(message)
+        except ProtocolError as e:
+            log.error("%s: a fault of this broker: %s", message.TYPE, e)
+            self.core.state.counters["unsendable"] += 1
+            if isinstance(message, Reply):
+                return encode(Reply(request=message.request, error=Error(Code.INVALID, f"the answer cannot travel: {e}")))
+            return []
 
 
 def _journal(config: BrokerConfig, now: float) -> Journal:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from penstock.broker.fitting import has_room
 from penstock.broker.protocol import Outcome, Partial, Results
 from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.lanes import Kind
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from penstock.broker.sharing import Sharer
 
 Route = bytes
-MAX_OUTCOMES_MERGED = 256
 
 
 class RunChain:
@@ -98,7 +98,7 @@ class ClientSession:
         last = self.outbox[-1] if self.outbox else None
         self.num_unacked_bytes += _bytes_of((outcome,))
         is_unsent = self.route is None and last is not None and last.seq > self.sent_seq
-        if is_unsent and isinstance(last, Partial) and len(last.outcomes) < MAX_OUTCOMES_MERGED:
+        if is_unsent and isinstance(last, Partial) and has_room(last.outcomes, outcome):
             self.outbox[-1] = Partial(seq=last.seq, outcomes=[*last.outcomes, outcome])
             return None
         self.last_seq += 1

@@ -109,11 +109,11 @@ def message(type_name: str) -> Callable[[type[M]], type[M]]:
     return decorate
 
 
-def encode(msg: Message) -> list[Buffer]:
+def encode(msg: Message, max_header_bytes: int = MAX_HEADER_BYTES) -> list[Buffer]:
     """The message as frames: version, header, payload.
 
     Raises:
-        ProtocolError: the header would be larger than `MAX_HEADER_BYTES`.
+        ProtocolError: the header would be larger than `max_header_bytes`, or msgpack cannot hold what is in it.
     """
     header: dict[str, Any] = {"type": msg.TYPE}
     frames: list[Buffer] = [VERSION, b""]
@@ -121,9 +121,12 @@ def encode(msg: Message) -> list[Buffer]:
         if value is default or value == default:
             continue
         header[name] = kind.write(value, frames) if kind.write else value
-    frames[1] = packed = cast(bytes, msgpack.packb(header))
-    if len(packed) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(packed)} bytes, at most {MAX_HEADER_BYTES} allowed")
+    try:
+        frames[1] = packed = cast(bytes, msgpack.packb(header))
+    except (ValueError, OverflowError) as e:
+        raise ProtocolError(f"{msg.TYPE} cannot be packed: {e}") from e
+    if len(packed) > max_header_bytes:
+        raise ProtocolError(f"a header of {len(packed)} bytes, at most {max_header_bytes} allowed")
     return frames
 
 
