@@ -100,7 +100,7 @@ class Journal:
         """Rows of a run were given to a worker."""
 
     def died(self, piece: Piece) -> None:
-        """The rows' count of deaths has changed."""
+        """The rows have become suspects, or their count of deaths has changed."""
 
     def record(self, run: Run, outcomes: Sequence[Outcome]) -> None:
         """Remember outcomes of a run that has a key."""

@@ -15,8 +15,8 @@ from penstock.broker.wire import ProtocolError, decode, encode
 
 TAKEN, STARTED, DIED, OUTCOME, ACKED = 1, 2, 3, 4, 5
 """The kinds of records. TAKEN: [principal, client, accepted at, deadline or nil] and the submission. STARTED, DIED: rows
-[start, stop], how often, and for DIED what is known of it, a line per death. OUTCOME: results with one outcome. ACKED:
-[when]. Times are seconds of the wall clock."""
+[start, stop], how often, and for DIED what is known of it, a line per death; such rows are suspects, even if none has died
+alone. OUTCOME: results with one outcome. ACKED: [when]. Times are seconds of the wall clock."""
 Rows = tuple[int, int, int]
 """(start, stop, count)."""
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 import msgpack
 
 from penstock.broker.columns import Block, Buffer, LayoutError, view
+from penstock.broker.packed import PackedError, unpack
 
 MAJOR, MINOR = 1, 2
 VERSION = bytes((ord("P"), ord("S"), MAJOR, MINOR))
@@ -138,22 +139,14 @@ def _num_pairs(data: Any) -> int:
     return int.from_bytes(data[1:3], "big") if first == 0xDE else -1
 
 
-def _no_ext(code: int, data: bytes) -> Any:
-    raise ProtocolError("extension types are not allowed")
-
-
 def unpack_header(data: Any) -> dict[str, Any]:
     """The header's map, or a ProtocolError."""
     if len(data) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(data)} bytes, at most {MAX_HEADER_BYTES} allowed")
     try:
-        header = msgpack.unpackb(
-            data, strict_map_key=True, ext_hook=_no_ext, max_array_len=2 * MAX_ROWS, max_map_len=256
-        )  # fmt: skip
-    except ProtocolError:
-        raise
-    except (ValueError, msgpack.UnpackException, RecursionError) as e:
-        raise ProtocolError(f"the header is not msgpack as it should be: {type(e).__name__}") from e
+        header = unpack(bytes(data))
+    except PackedError as e:
+        raise ProtocolError(f"the header: {e}") from e
     if type(header) is not dict:
         raise ProtocolError("the header is not a map")
     if len(header) != _num_pairs(data):

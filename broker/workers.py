@@ -367,19 +367,23 @@ class Workers:
             suspect = pieces[0]
             suspect.deaths += 1
             suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))
-            self.state.journal.died(suspect)
             if suspect.deaths >= self.state.config.max_attempts:
                 text = f"{suspect.deaths} workers were lost while running this task alone"
                 self._end(pieces, DEAD, Error(Code.DEAD, text, detail="\n".join(suspect.evidence)), now)
                 return
+        half = (num_rows + 1) // 2
         for piece in pieces:
             self.state.counters["redelivered"] += piece.num_rows
             piece.run.expected_s = None  # nobody foresaw this
+            parts = [piece]
             if is_suspect:
                 piece.is_isolated = True
-            if is_suspect and piece.num_rows == num_rows > 1:
-                self.state.ledger.requeue(piece.split(piece.start + num_rows // 2))
-            self.state.ledger.requeue(piece)
+                if piece.num_rows > half:  # whoever shares a batch with others' rows is halved with it, not after it
+                    parts.append(piece.split(piece.start + half))
+            for part in parts:
+                if is_suspect:
+                    self.state.journal.died(part)
+                self.state.ledger.requeue(part)
 
     def _end(self, pieces: list[Piece], state: str, error: Error, now: float) -> None:
         self._clients.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)

@@ -7,12 +7,12 @@ frame wherever they can: a kernel is a pure function and does not write to its i
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgpack
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from penstock.broker.columns import Block, Stored, gather, view
+from penstock.broker.packed import PackedError, unpack
 from penstock.kernels import Blob, InvalidInput, Kernel, KernelSpec, Row, Static, Tensor
 from penstock.kernels.inputs import StaticValue, as_static
 from penstock.worker import pinned
@@ -75,8 +75,8 @@ class Plan:
 
     def _parse_statics(self, packed: bytes) -> dict[str, StaticValue]:
         try:
-            given = msgpack.unpackb(packed, strict_map_key=True) if packed else {}
-        except (ValueError, msgpack.UnpackException) as e:
+            given = unpack(packed) if packed else {}
+        except PackedError as e:
             raise InvalidInput(f"{self.name}: the statics are not msgpack") from e
         if not isinstance(given, dict):
             raise InvalidInput(f"{self.name}: the statics are not a map")
