@@ -11,12 +11,14 @@ import msgpack
 from penstock.broker.columns import view
 from penstock.broker.protocol import FROM_CLIENT, TO_CLIENT, Code, Outcome, Results, Submit
 from penstock.broker.storage.records import Corrupt, Put
-from penstock.broker.wire import ProtocolError, decode, encode
+from penstock.broker.wire import MAX_HEADER_BYTES, ProtocolError, decode, encode
 
 TAKEN, STARTED, DIED, OUTCOME, ACKED = 1, 2, 3, 4, 5
 """The kinds of records. TAKEN: [principal, client, accepted at, deadline or nil] and the submission. STARTED, DIED: rows
 [start, stop], how often, and for DIED what is known of it, a line per death; such rows are suspects, even if none has died
 alone. OUTCOME: results with one outcome. ACKED: [when]. Times are seconds of the wall clock."""
+MAX_RECORD_BYTES = 4 * MAX_HEADER_BYTES
+"""Of a header in a record: it may be longer than the one that came, with numbers in wider types and what is added."""
 Rows = tuple[int, int, int]
 """(start, stop, count)."""
 
@@ -49,7 +51,7 @@ class Kept:
 
 def taken(number: int, principal: str, client: str, submit: Submit, accepted_at: float, deadline: float | None) -> Put:
     """The record that a task begins with."""
-    return Put(number, TAKEN, [msgpack.packb([principal, client, accepted_at, deadline]), *encode(submit)])
+    return Put(number, TAKEN, [msgpack.packb([principal, client, accepted_at, deadline]), *encode(submit, MAX_RECORD_BYTES)])
 
 
 def noted(number: int, kind: int, start: int, stop: int, count: int, *lines: str) -> Put:
@@ -58,7 +60,7 @@ def noted(number: int, kind: int, start: int, stop: int, count: int, *lines: str
 
 
 def outcome_of(number: int, outcome: Outcome) -> Put:
-    return Put(number, OUTCOME, encode(Results(seq=0, outcomes=[outcome])))
+    return Put(number, OUTCOME, encode(Results(seq=0, outcomes=[outcome]), MAX_RECORD_BYTES))
 
 
 def acked(number: int, wall_s: float) -> Put:
@@ -85,14 +87,14 @@ def read(found: dict[int, Kept], put: Put) -> None:
 def _read(found: dict[int, Kept], put: Put) -> None:
     if put.kind == TAKEN:
         principal, client, accepted_at, deadline = msgpack.unpackb(view(put.frames[0]))
-        submit = decode(FROM_CLIENT, put.frames[1:])
+        submit = decode(FROM_CLIENT, put.frames[1:], MAX_RECORD_BYTES)
         if not isinstance(submit, Submit):
             raise ValueError("a task without its submission")
         found[put.task] = Kept(put.task, principal, client, submit, float(accepted_at), deadline)
         return
     kept = found[put.task]
     if put.kind == OUTCOME:
-        results = decode(TO_CLIENT, put.frames)
+        results = decode(TO_CLIENT, put.frames, MAX_RECORD_BYTES)
         if not isinstance(results, Results):
             raise ValueError("an outcome without results")
         kept.outcomes += results.outcomes

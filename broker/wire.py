@@ -139,10 +139,10 @@ def _num_pairs(data: Any) -> int:
     return int.from_bytes(data[1:3], "big") if first == 0xDE else -1
 
 
-def unpack_header(data: Any) -> dict[str, Any]:
+def unpack_header(data: Any, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     """The header's map, or a ProtocolError."""
-    if len(data) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(data)} bytes, at most {MAX_HEADER_BYTES} allowed")
+    if len(data) > max_bytes:
+        raise ProtocolError(f"a header of {len(data)} bytes, at most {max_bytes} allowed")
     try:
         header = unpack(bytes(data))
     except PackedError as e:
@@ -154,7 +154,9 @@ def unpack_header(data: Any) -> dict[str, Any]:
     return header
 
 
-def decode(types: dict[str, type[Message]], frames: Sequence[Buffer]) -> Message:
+def decode(
+    types: dict[str, type[Message]], frames: Sequence[Buffer], max_header_bytes: int = MAX_HEADER_BYTES
+) -> Message:
     """Parse one message of a closed set of types.
 
     Args:
@@ -168,7 +170,7 @@ def decode(types: dict[str, type[Message]], frames: Sequence[Buffer]) -> Message
         raise ProtocolError(f"a message has 2 to {MAX_FRAMES} frames, this has {len(frames)}")
     if frames[0] != VERSION:
         _check_version(bytes(view(frames[0])))
-    header = unpack_header(frames[1] if type(frames[1]) is bytes else view(frames[1]))
+    header = unpack_header(frames[1] if type(frames[1]) is bytes else view(frames[1]), max_header_bytes)
     type_name = header.pop("type", None)
     cls = types.get(type_name) if type(type_name) is str else None
     if cls is None:
