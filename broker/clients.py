@@ -3,6 +3,7 @@
 Knows what a client may do and what it is told. Does not know how batches are made or who runs them.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -158,8 +159,15 @@ class Clients:
         self.state.send(FRONT, route, welcome)
         if isinstance(m, Attach):
             self._acknowledge(session, m.received if is_resumed else 0, now)
+            self._accept_again(session, m.open)
             for message in session.outbox:
                 self._send_again(session, message)
+
+    def _accept_again(self, session: ClientSession, open_ids: bytes) -> None:
+        """Acceptances that may have been lost with the connection, perhaps while they waited for the disk."""
+        for run in map(functools.partial(self._find, session), _ids(open_ids)):
+            if run is not None and run.request.wants_accepted:
+                self.state.send(FRONT, session.route, Accepted(id=run.id), run.is_durable)
 
     def _send_again(self, session: ClientSession, message: Results | Partial) -> None:
         """All in frames: perhaps it is asked for again because shared memory could not be read."""
@@ -167,8 +175,7 @@ class Clients:
         self.state.send(FRONT, session.route, readable, is_promise=True)
 
     def _unknown(self, session: ClientSession, open_ids: bytes) -> bytes:
-        ids = [open_ids[i : i + ID_BYTES] for i in range(0, len(open_ids), ID_BYTES)]
-        unknown = [i for i in ids if self._find(session, i) is None and i not in session.finished]
+        unknown = [i for i in _ids(open_ids) if self._find(session, i) is None and i not in session.finished]
         told = {span[0] for m in session.outbox for o in m.outcomes for span in o.spans} if unknown else set()
         return b"".join(i for i in unknown if i not in told)  # what another client has taken over it will be told
 
@@ -508,6 +515,10 @@ def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) ->
         return finished
     told = {span[0] for span in portion}
     return [run_id for run_id in finished if run_id in told]
+
+
+def _ids(together: bytes) -> list[bytes]:
+    return [together[i : i + ID_BYTES] for i in range(0, len(together), ID_BYTES)]
 
 
 def _name(run: Run) -> tuple[str, str]:

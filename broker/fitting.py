@@ -18,7 +18,7 @@ MAX_LENGTH_BYTES: Final = 5
 MAX_PORTION_BYTES: Final = 24 * 1024
 """Of spans and lengths in one outcome: its layout, its error and its timings come to at most 30 KiB more."""
 MAX_MESSAGE_BYTES: Final = MAX_HEADER_BYTES - 4096
-MAX_OUTCOMES: Final = 32
+MAX_OUTCOMES: Final = 256
 _FIXED_BYTES: Final = 128
 _TIMING_BYTES: Final = 48
 _HEAD_FRAMES: Final = 2
@@ -43,27 +43,35 @@ def header_bytes(outcome: Outcome) -> int:
     return num_bytes
 
 
-def has_room(outcomes: list[Outcome], outcome: Outcome) -> bool:
-    """Whether one more fits the message of these."""
-    num_bytes = header_bytes(outcome) + sum(map(header_bytes, outcomes))
-    num_frames = _HEAD_FRAMES + _num_frames(outcome) + sum(map(_num_frames, outcomes))
-    return len(outcomes) < MAX_OUTCOMES and num_bytes <= MAX_MESSAGE_BYTES and num_frames <= MAX_FRAMES
+class Filling:
+    """The outcomes of one message while there is room for more."""
+
+    __slots__ = ("_num_bytes", "_num_frames", "outcomes")
+
+    def __init__(self, first: Outcome) -> None:
+        self.outcomes = [first]
+        self._num_bytes, self._num_frames = header_bytes(first), _HEAD_FRAMES + _num_frames(first)
+
+    def take(self, outcome: Outcome) -> bool:
+        """Add one more; False if it does not fit."""
+        num_bytes, num_frames = self._num_bytes + header_bytes(outcome), self._num_frames + _num_frames(outcome)
+        if num_bytes > MAX_MESSAGE_BYTES or num_frames > MAX_FRAMES or len(self.outcomes) >= MAX_OUTCOMES:
+            return False
+        self.outcomes.append(outcome)
+        self._num_bytes, self._num_frames = num_bytes, num_frames
+        return True
 
 
 def messages(outcomes: Iterable[Outcome]) -> Iterator[list[Outcome]]:
     """The outcomes in order, in lists that fit a message each."""
-    fitting, num_bytes, num_frames = list[Outcome](), 0, _HEAD_FRAMES
-    for whole in outcomes:
-        for outcome in _cut(whole):
-            more_bytes, more_frames = header_bytes(outcome), _num_frames(outcome)
-            is_full = num_bytes + more_bytes > MAX_MESSAGE_BYTES or num_frames + more_frames > MAX_FRAMES
-            if fitting and (is_full or len(fitting) == MAX_OUTCOMES):
-                yield fitting
-                fitting, num_bytes, num_frames = [], 0, _HEAD_FRAMES
-            fitting.append(outcome)
-            num_bytes, num_frames = num_bytes + more_bytes, num_frames + more_frames
-    if fitting:
-        yield fitting
+    filling: Filling | None = None
+    for outcome in (part for whole in outcomes for part in _cut(whole)):
+        if filling is None or not filling.take(outcome):
+            if filling is not None:
+                yield filling.outcomes
+            filling = Filling(outcome)
+    if filling is not None:
+        yield filling.outcomes
 
 
 def _num_frames(outcome: Outcome) -> int:

@@ -108,7 +108,7 @@ class Server:
         self._responder = Responder(pages_of(self.core))
         self._keepers: list[Keeper] = []
         self._store: Store | None = None
-        self._promises = Promises(None, self._send)
+        self._promises = Promises(None, self._send, self._lose)
         self._signals = Signals()
         self._notifier = Notifier()
         self._stop_at: float | None = None
@@ -151,7 +151,8 @@ class Server:
             return
         began = time.monotonic()
         self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
-        self._promises = Promises(store, self._send)
+        self._promises = Promises(store, self._send, self._lose)
+        self.core.state.journal.has_room = store.has_room()
         num_open = self.core.restore(store.load(), began)
         self._poller.register(store.fileno(), zmq.POLLIN)
         read_s = time.monotonic() - began
@@ -368,12 +369,16 @@ class Server:
             # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
             if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._handle(PeerLost(action.side, action.route))
+            self._lose(action)
             return
         last = frames.pop()
         for frame in frames:
             s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
         s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+
+    def _lose(self, action: Send) -> None:
+        """Nobody is there to take it."""
+        self._handle(PeerLost(action.side, action.route))
 
     def _encode(self, message: Message) -> list[Buffer]:
         """The frames; none, and an entry in the log, where the core says what cannot travel: nothing may end the loop."""

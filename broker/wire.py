@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 
 import msgpack
 
-from penstock.broker.columns import Block, Buffer, LayoutError, view
+from penstock.broker.columns import Block, Buffer, LayoutError, frame_bytes, view
 from penstock.broker.packed import PackedError, unpack
 
 MAJOR, MINOR = 1, 2
@@ -48,9 +48,11 @@ class Reader:
         self.frames = self.frames[len(block.sent_frames) :]
         return block
 
-    def take_frame(self) -> bytes:
+    def take_frame(self, max_bytes: int) -> bytes:
         if not self.frames:
             raise ProtocolError("a payload frame is missing")
+        if frame_bytes(self.frames[0]) > max_bytes:
+            raise ProtocolError(f"a frame of {frame_bytes(self.frames[0])} bytes, at most {max_bytes} allowed")
         data = bytes(view(self.frames[0]))
         self.frames = self.frames[1:]
         return data
@@ -294,4 +296,8 @@ MAYBE_BLOCK = Kind(
     lambda value, reader: None if value is None else reader.take_block(value),
     lambda block, frames: None if block is None else _write_block(block, frames),
 )
-FRAME = Kind(lambda value, reader: reader.take_frame(), _write_frame)
+
+
+def frame(max_bytes: int) -> Kind:
+    """Bytes in a payload frame of their own."""
+    return Kind(lambda value, reader: reader.take_frame(max_bytes), _write_frame)
