@@ -3,6 +3,7 @@
 Knows what a client may do and what it is told. Does not know how batches are made or who runs them.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 from penstock.broker import reports
 from penstock.broker.admission import Admission, Refusal, is_same
 from penstock.broker.durable import DurableJournal
+from penstock.broker.fitting import messages
 from penstock.broker.jobs import OPS, Jobs
 from penstock.broker.journal import Entry
 from penstock.broker.kept import Kept
@@ -47,8 +49,6 @@ from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEU
 from penstock.broker.wire import Message
 
 MAX_CLOSED_PER_TURN = 250
-MAX_REPLAYED = 32
-"""Remembered outcomes per message: each has a header of its own."""
 
 
 class Clients:
@@ -159,8 +159,15 @@ class Clients:
         self.state.send(FRONT, route, welcome)
         if isinstance(m, Attach):
             self._acknowledge(session, m.received if is_resumed else 0, now)
+            self._accept_again(session, m.open)
             for message in session.outbox:
                 self._send_again(session, message)
+
+    def _accept_again(self, session: ClientSession, open_ids: bytes) -> None:
+        """Acceptances that may have been lost with the connection, perhaps while they waited for the disk."""
+        for run in map(functools.partial(self._find, session), _ids(open_ids)):
+            if run is not None and run.request.wants_accepted:
+                self.state.send(FRONT, session.route, Accepted(id=run.id), run.is_durable)
 
     def _send_again(self, session: ClientSession, message: Results | Partial) -> None:
         """All in frames: perhaps it is asked for again because shared memory could not be read."""
@@ -168,8 +175,7 @@ class Clients:
         self.state.send(FRONT, session.route, readable, is_promise=True)
 
     def _unknown(self, session: ClientSession, open_ids: bytes) -> bytes:
-        ids = [open_ids[i : i + ID_BYTES] for i in range(0, len(open_ids), ID_BYTES)]
-        unknown = [i for i in ids if self._find(session, i) is None and i not in session.finished]
+        unknown = [i for i in _ids(open_ids) if self._find(session, i) is None and i not in session.finished]
         told = {span[0] for m in session.outbox for o in m.outcomes for span in o.spans} if unknown else set()
         return b"".join(i for i in unknown if i not in told)  # what another client has taken over it will be told
 
@@ -401,8 +407,8 @@ class Clients:
         self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = True
     ) -> None:
         """Outcomes that were recorded before; `finished` are submissions of which nothing else will come."""
-        for at in range(0, len(outcomes), MAX_REPLAYED):
-            self._deliver(session, outcomes[at : at + MAX_REPLAYED], finished, is_promise)
+        for fitting in messages(outcomes):
+            self._deliver(session, fitting, finished, is_promise)
 
     def _give_back(self, session: ClientSession, num_rows: int, num_bytes: int) -> None:
         session.returned_rows += num_rows
@@ -509,6 +515,10 @@ def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) ->
         return finished
     told = {span[0] for span in portion}
     return [run_id for run_id in finished if run_id in told]
+
+
+def _ids(together: bytes) -> list[bytes]:
+    return [together[i : i + ID_BYTES] for i in range(0, len(together), ID_BYTES)]
 
 
 def _name(run: Run) -> tuple[str, str]:

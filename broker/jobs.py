@@ -57,16 +57,26 @@ class Jobs:
             if isinstance(m, Fetch):
                 self._fetch(session, m, now)
             elif isinstance(m, Status):
-                self._reply(session, m.request, self._report(session, m, now))
-            elif m.op == "backup":
-                self._back_up(session, m)
-            else:  # what is answered has happened, so it must survive as well
-                self._reply(session, m.request, self._ops[m.op](session, m, now), is_promise=True)
+                self._reply(session, Reply(request=m.request, body=self._report(session, m, now)))
+            else:
+                self._do(session, m, now)
         except Refusal as refusal:
             self._state.send(FRONT, session.route, Reply(request=m.request, error=refusal.error))
 
-    def _reply(self, session: ClientSession, request: int, body: dict[str, Any], is_promise: bool = False) -> None:
-        self._state.send(FRONT, session.route, Reply(request=request, body=body), is_promise)
+    def _do(self, session: ClientSession, m: Control, now: float) -> None:
+        """Fulfil a wish, once, however often it comes: its answer may have been lost with a connection."""
+        known = next((reply for reply in session.answered if reply.request == m.request), None)
+        if known is not None:
+            self._reply(session, known)
+        elif m.op == "backup":
+            self._back_up(session, m)
+        else:
+            session.answered.append(Reply(request=m.request, body=self._ops[m.op](session, m, now)))
+            self._reply(session, session.answered[-1])
+
+    def _reply(self, session: ClientSession, reply: Reply) -> None:
+        """What is told has happened, so it must survive as well."""
+        self._state.send(FRONT, session.route, reply, is_promise=True)
 
     def _journal(self) -> DurableJournal:
         journal = self._state.journal
@@ -117,7 +127,7 @@ class Jobs:
             self._admission.check_session(session, *((0, 0) if owner is session else uses), now)
         elif owner is not None:
             body["seen_ms"] = 1000.0 * (now - owner.last_seen)
-        self._reply(session, m.request, body, is_promise=True)
+        self._reply(session, Reply(request=m.request, body=body))
         if not is_handed:
             return
         self._state.counters["fetched"] += 1
@@ -189,7 +199,8 @@ class Jobs:
         """A backup has ended."""
         session, request = self._copies.pop(folder)
         answer = Error(Code.INVALID, f"no backup was made: {error}") if error else None
-        self._state.send(FRONT, session.route, Reply(request=request, error=answer, body={"folder": folder}))
+        session.answered.append(Reply(request=request, error=answer, body={"folder": folder}))
+        self._reply(session, session.answered[-1])
 
 
 def of_job(key: bytes, entry: Entry, now: float) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from penstock.broker.columns import view
 from penstock.broker.protocol import FROM_CLIENT, FROM_WORKER, TO_CLIENT, Checkpoint, Code, Outcome, Results, Submit
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.tasks import Piece, Saved
-from penstock.broker.wire import ProtocolError, decode, encode
+from penstock.broker.wire import MAX_HEADER_BYTES, ProtocolError, decode, encode
 
 TAKEN, STARTED, DIED, OUTCOME, ACKED, SAVED = 1, 2, 3, 4, 5, 6
 """The kinds of records. TAKEN: [principal, client, accepted at, deadline or nil] and the submission. STARTED, DIED: rows
 [start, stop], how often, and for DIED what is known of it, a line per death; such rows are suspects, even if none has died
 alone. OUTCOME: results with one outcome. ACKED: [when]. Times are seconds of the wall clock. SAVED has a number of its own,
 by which the next one replaces it: [task, row, its deaths, kernel's digest, acquittals] and the checkpoint."""
+MAX_RECORD_BYTES = 4 * MAX_HEADER_BYTES
+"""Of a header in a record: it may be longer than the one that came, with numbers in wider types and what is added."""
 Rows = tuple[int, int, int]
 """(start, stop, count)."""
 
@@ -52,7 +54,7 @@ class Kept:
 
 def taken(number: int, principal: str, client: str, submit: Submit, accepted_at: float, deadline: float | None) -> Put:
     """The record that a task begins with."""
-    return Put(number, TAKEN, [msgpack.packb([principal, client, accepted_at, deadline]), *encode(submit)])
+    return Put(number, TAKEN, [msgpack.packb([principal, client, accepted_at, deadline]), *encode(submit, MAX_RECORD_BYTES)])
 
 
 def noted(number: int, kind: int, start: int, stop: int, count: int, *lines: str) -> Put:
@@ -61,14 +63,14 @@ def noted(number: int, kind: int, start: int, stop: int, count: int, *lines: str
 
 
 def outcome_of(number: int, outcome: Outcome) -> Put:
-    return Put(number, OUTCOME, encode(Results(seq=0, outcomes=[outcome])))
+    return Put(number, OUTCOME, encode(Results(seq=0, outcomes=[outcome]), MAX_RECORD_BYTES))
 
 
 def saved_of(piece: Piece, saved: Saved) -> Put:
     """A row's checkpoint under the number it has been given."""
     head = [piece.run.number, piece.start, piece.deaths, saved.digest, saved.num_acquitted]
     checkpoint = Checkpoint(lease=0, block=saved.block, part=saved.part)
-    return Put(saved.number, SAVED, [msgpack.packb(head), *encode(checkpoint)])
+    return Put(saved.number, SAVED, [msgpack.packb(head), *encode(checkpoint, MAX_RECORD_BYTES)])
 
 
 def acked(number: int, wall_s: float) -> Put:
@@ -95,7 +97,7 @@ def read(found: dict[int, Kept], put: Put) -> None:
 def _read(found: dict[int, Kept], put: Put) -> None:
     if put.kind == TAKEN:
         principal, client, accepted_at, deadline = msgpack.unpackb(view(put.frames[0]))
-        submit = decode(FROM_CLIENT, put.frames[1:])
+        submit = decode(FROM_CLIENT, put.frames[1:], MAX_RECORD_BYTES)
         if not isinstance(submit, Submit):
             raise ValueError("a task without its submission")
         found[put.task] = Kept(put.task, principal, client, submit, float(accepted_at), deadline)
@@ -105,7 +107,7 @@ def _read(found: dict[int, Kept], put: Put) -> None:
         return
     kept = found[put.task]
     if put.kind == OUTCOME:
-        results = decode(TO_CLIENT, put.frames)
+        results = decode(TO_CLIENT, put.frames, MAX_RECORD_BYTES)
         if not isinstance(results, Results):
             raise ValueError("an outcome without results")
         kept.outcomes += results.outcomes
@@ -122,7 +124,7 @@ def _read(found: dict[int, Kept], put: Put) -> None:
 
 def _read_saved(found: dict[int, Kept], put: Put) -> None:
     task, row, num_deaths, digest, num_acquitted = msgpack.unpackb(view(put.frames[0]))
-    checkpoint = decode(FROM_WORKER, put.frames[1:])
+    checkpoint = decode(FROM_WORKER, put.frames[1:], MAX_RECORD_BYTES)
     if not isinstance(checkpoint, Checkpoint) or checkpoint.block.num_rows != 1:
         raise ValueError("a checkpoint without its row")
     kept = found[task]

@@ -24,7 +24,10 @@ class KernelTable:
             spec = self._interned.setdefault(kind, spec)
             worker.specs[kind] = spec
             self._offers[kind] += 1
+            replaced = self.known.get(spec.name, spec)
             self.known[spec.name] = spec
+            if replaced is not spec and (spec.name, replaced.digest) not in self._offers:
+                del self._interned[spec.name, replaced.digest]
             for mode in spec.modes:
                 worker.kinds[*kind, mode] = spec
 

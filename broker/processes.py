@@ -16,11 +16,12 @@ class Processes:
     def __init__(self, poller: Poller) -> None:
         self._poller = poller
         self._pids: dict[int, int] = {}  # descriptor -> process
+        self._watched: set[int] = set()
         self._ended: list[int] = []
 
     def watch(self, pid: int) -> None:
         """Learn at once when it ends; 0 is none."""
-        if pid == 0 or pid in self._pids.values() or not hasattr(os, "pidfd_open"):
+        if pid == 0 or pid in self._watched or not hasattr(os, "pidfd_open"):
             return
         try:
             fd = os.pidfd_open(pid)
@@ -28,6 +29,7 @@ class Processes:
             log.warning("cannot watch process %d: %s", pid, e)
             return
         self._pids[fd] = pid
+        self._watched.add(pid)
         self._poller.register(fd, _READABLE)
 
     def owns(self, fd: int) -> bool:
@@ -43,6 +45,7 @@ class Processes:
         ended, self._ended = self._ended, []
         for fd in ended:
             pid = self._pids.pop(fd)
+            self._watched.discard(pid)
             os.close(fd)
             log.info("process %d has ended", pid)
             yield pid
@@ -51,4 +54,5 @@ class Processes:
         for fd in self._pids:
             os.close(fd)
         self._pids.clear()
+        self._watched.clear()
         self._ended.clear()

@@ -6,10 +6,15 @@ Knows tickets and order: what follows a held message to the same address waits b
 from collections import deque
 from collections.abc import Callable
 
+from penstock.broker.protocol import Reply
 from penstock.broker.sessions import Route
 from penstock.broker.state import Send
 from penstock.broker.storage.records import Write
 from penstock.broker.storage.store import Store
+
+MAX_HELD = 32_768
+"""Messages that one address may have waiting; a reply, which may be long, counts as `REPLY_WEIGHT` of them."""
+REPLY_WEIGHT = 64
 
 
 class Promises:
@@ -17,16 +22,18 @@ class Promises:
 
     Args:
         send: performs one action.
+        lose: is told whose messages have become too many while the disk was slow: it has to come again, and gets them then.
     """
 
-    def __init__(self, store: Store | None, send: Callable[[Send], None]) -> None:
+    def __init__(self, store: Store | None, send: Callable[[Send], None], lose: Callable[[Send], None]) -> None:
         self._store = store
         self._send = send
+        self._lose = lose
         self._ticket = 0
-        self._held: dict[tuple[str, Route], deque[tuple[int, Send]]] = {}
+        self._held: dict[tuple[str, Route], Held] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._held.values()))
+        return sum(len(held.queue) for held in self._held.values())
 
     def perform(self, actions: list[Send], writes: list[Write]) -> None:
         """Hand the writes to the store, and send what need not wait. Raises StorageError if the store has failed."""
@@ -40,13 +47,14 @@ class Promises:
         is_safe = self._ticket <= store.committed
         for action in actions:
             address = (action.side, action.route)
-            queue = self._held.get(address)
-            if queue is not None:
-                queue.append((self._ticket if action.is_promise else 0, action))
-            elif action.is_promise and not is_safe:
-                self._held[address] = deque([(self._ticket, action)])
-            else:
+            held = self._held.get(address)
+            if held is None and action.is_promise and not is_safe:
+                held = self._held[address] = Held()
+            if held is None:
                 self._send(action)
+            elif not held.add(self._ticket if action.is_promise else 0, action):
+                del self._held[address]
+                self._lose(action)
 
     def release(self) -> None:
         """The store has come further: send what waited for that. Raises StorageError if it has failed instead."""
@@ -56,8 +64,33 @@ class Promises:
         store.clear()
         if store.failure is not None:
             raise store.failure
-        for address, queue in list(self._held.items()):
-            while queue and queue[0][0] <= store.committed:
-                self._send(queue.popleft()[1])
-            if not queue:
+        for address, held in list(self._held.items()):
+            while held.queue and held.queue[0][0] <= store.committed:
+                self._send(held.take())
+            if not held.queue and self._held.get(address) is held:
                 del self._held[address]
+
+
+class Held:
+    """The messages to one address that wait, in order, each with the ticket that it waits for."""
+
+    __slots__ = ("_weight", "queue")
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[int, Send]] = deque()
+        self._weight = 0
+
+    def add(self, ticket: int, action: Send) -> bool:
+        """False if that is more than may wait."""
+        self.queue.append((ticket, action))
+        self._weight += _weight(action)
+        return self._weight <= MAX_HELD
+
+    def take(self) -> Send:
+        _, action = self.queue.popleft()
+        self._weight -= _weight(action)
+        return action
+
+
+def _weight(action: Send) -> int:
+    return REPLY_WEIGHT if isinstance(action.message, Reply) else 1

@@ -10,7 +10,6 @@ from penstock.broker.columns import Block, Buffer
 from penstock.broker.wire import (
     BLOCK,
     FLAG,
-    FRAME,
     MAP,
     MAX_ROWS,
     MAX_TEXT,
@@ -21,6 +20,7 @@ from penstock.broker.wire import (
     ProtocolError,
     Reader,
     binary,
+    frame,
     integer,
     listing,
     message,
@@ -37,6 +37,8 @@ DEFAULT_PRIORITY: Final = 5
 MAX_TIMEOUT_MS: Final = 30 * 24 * 3600 * 1000.0
 MAX_COUNT: Final = (1 << 63) - 1
 MAX_STATICS_BYTES: Final = 16 * 1024
+MAX_OPEN_BYTES: Final = 16 << 20
+"""A million submissions."""
 MAX_SPECS: Final = 256
 MAX_SPANS: Final = 4096
 
@@ -98,7 +100,14 @@ def _parse_error(value: Any, reader: Reader) -> Error:
 
 
 def _write_error(error: Error | None, _: list[Buffer]) -> Any:
-    return error and [error.code, error.message[:MAX_TEXT], error.retry_after_ms, error.detail[:MAX_DETAIL]]
+    return error and [error.code, _cut(error.message, MAX_TEXT), error.retry_after_ms, _cut(error.detail, MAX_DETAIL)]
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """Its beginning, in at most so many bytes: a header has room for one error, whatever the language."""
+    if 4 * len(text) <= max_bytes:
+        return text
+    return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
 MAX_DETAIL: Final = 16 * 1024
@@ -146,7 +155,7 @@ class Attach(Message):
     secret: bytes = wire(SECRET)
     epoch: int = wire(COUNT)
     received: int = wire(COUNT, default=0)
-    open: bytes = wire(FRAME, default=b"")
+    open: bytes = wire(frame(MAX_OPEN_BYTES), default=b"")
 
 
 @message("submit")
@@ -273,7 +282,7 @@ class Welcome(Message):
     is_resumed: bool = wire(FLAG, default=False)
     credit: Sequence[int] = wire(PAIR, default=(0, 0))
     limits: Mapping[str, Any] = wire(MAP, default={})
-    unknown: bytes = wire(FRAME, default=b"")
+    unknown: bytes = wire(frame(MAX_OPEN_BYTES), default=b"")
     shared: Mapping[str, Any] = wire(MAP, default={})
 
 

@@ -17,6 +17,7 @@ import zmq
 
 from penstock.broker import selftest
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
+from penstock.broker.columns import Buffer
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
@@ -39,6 +40,7 @@ from penstock.broker.protocol import (
     Error,
     Fault,
     Hello,
+    Reply,
     Share,
     WorkerHeartbeat,
     WorkerHello,
@@ -49,7 +51,7 @@ from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import Store
-from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
+from penstock.broker.wire import MAX_FRAMES, Message, ProtocolError, decode, encode
 
 log = logging.getLogger("penstock.broker")
 
@@ -106,7 +108,7 @@ class Server:
         self._responder = Responder(pages_of(self.core))
         self._keepers: list[Keeper] = []
         self._store: Store | None = None
-        self._promises = Promises(None, self._send)
+        self._promises = Promises(None, self._send, self._lose)
         self._signals = Signals()
         self._notifier = Notifier()
         self._stop_at: float | None = None
@@ -149,7 +151,8 @@ class Server:
             return
         began = time.monotonic()
         self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
-        self._promises = Promises(store, self._send)
+        self._promises = Promises(store, self._send, self._lose)
+        self.core.state.journal.has_room = store.has_room()
         num_open = self.core.restore(store.load(), began)
         self._poller.register(store.fileno(), zmq.POLLIN)
         read_s = time.monotonic() - began
@@ -357,19 +360,36 @@ class Server:
         self._promises.perform(actions, self.core.take_writes())
 
     def _send(self, action: Send) -> None:
-        s, frames = self._doors[action.route[0]].socket, encode(action.message)
+        s, frames = self._doors[action.route[0]].socket, self._encode(action.message)
+        if not frames:
+            return
         try:
             s.send(action.route[1:], _SNDMORE | _NOBLOCK)
         except zmq.ZMQError as e:
             # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
             if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._handle(PeerLost(action.side, action.route))
+            self._lose(action)
             return
         last = frames.pop()
         for frame in frames:
             s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
         s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+
+    def _lose(self, action: Send) -> None:
+        """Nobody is there to take it."""
+        self._handle(PeerLost(action.side, action.route))
+
+    def _encode(self, message: Message) -> list[Buffer]:
+        """The frames; none, and an entry in the log, where the core says what cannot travel: nothing may end the loop."""
+        try:
+            return encode(message)
+        except ProtocolError as e:
+            log.error("%s: a fault of this broker: %s", message.TYPE, e)
+            self.core.state.counters["unsendable"] += 1
+            if isinstance(message, Reply):
+                return encode(Reply(request=message.request, error=Error(Code.INVALID, f"the answer cannot travel: {e}")))
+            return []
 
 
 def _journal(config: BrokerConfig, now: float) -> Journal:

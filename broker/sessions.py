@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from penstock.broker.protocol import Outcome, Partial, Results
+from penstock.broker.fitting import Filling
+from penstock.broker.protocol import Outcome, Partial, Reply, Results
 from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.lanes import Kind
 from penstock.broker.spec import Spec
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from penstock.broker.sharing import Sharer
 
 Route = bytes
-MAX_OUTCOMES_MERGED = 256
+MAX_ANSWERED = 16
+"""Wishes whose answers are remembered: after a broken connection they come again."""
 
 
 class RunChain:
@@ -57,9 +59,9 @@ class ClientSession:
     """
 
     __slots__ = (
-        "account", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes", "outbox", "principal",
-        "returned_bytes",
-        "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes", "used_rows",
+        "account", "answered", "filling", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes",
+        "outbox", "principal", "returned_bytes", "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes",
+        "used_rows",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +78,8 @@ class ClientSession:
         self.last_seq = self.sent_seq = 0
         self.outbox: deque[Results | Partial] = deque()
         self.finished: dict[bytes, int] = {}
+        self.filling: Filling | None = None  # the partials of the last message of the outbox, if it has not left
+        self.answered: deque[Reply] = deque(maxlen=MAX_ANSWERED)
         self.num_unacked_bytes = 0
         self.sharer: Sharer | None = None
         self.used_rows = self.used_bytes = self.returned_rows = self.returned_bytes = 0
@@ -98,11 +102,11 @@ class ClientSession:
         last = self.outbox[-1] if self.outbox else None
         self.num_unacked_bytes += _bytes_of((outcome,))
         is_unsent = self.route is None and last is not None and last.seq > self.sent_seq
-        if is_unsent and isinstance(last, Partial) and len(last.outcomes) < MAX_OUTCOMES_MERGED:
-            self.outbox[-1] = Partial(seq=last.seq, outcomes=[*last.outcomes, outcome])
+        if is_unsent and isinstance(last, Partial) and self.filling is not None and self.filling.take(outcome):
             return None
         self.last_seq += 1
-        partial = Partial(seq=self.last_seq, outcomes=[outcome])
+        self.filling = Filling(outcome) if self.route is None else None
+        partial = Partial(seq=self.last_seq, outcomes=[outcome] if self.filling is None else self.filling.outcomes)
         self.outbox.append(partial)
         return partial
 
@@ -129,7 +133,7 @@ class WorkerSession:
 
     __slots__ = (
         "assigned_batches", "assigned_bytes", "batches", "credit_batches", "credit_bytes", "device", "facts", "is_draining",
-        "is_ready", "kinds", "last_seen", "leases", "memory", "name", "num_bytes", "num_done", "num_failed", "pid",
+        "is_ready", "kinds", "known_pid", "last_seen", "leases", "memory", "name", "num_bytes", "num_done", "num_failed", "pid",
         "principal", "progress", "progress_at", "resident", "route", "secret", "sharer", "specs", "streams",
     )  # fmt: skip
 
@@ -140,6 +144,7 @@ class WorkerSession:
         self.route: Route | None = route
         self.last_seen = self.progress_at = now
         self.pid = 0
+        self.known_pid = 0  # 0: it is on another machine, or nobody vouches for what it says
         self.device = ""
         self.facts: Mapping[str, Any] = {}
         self.memory: Mapping[str, Any] = {}

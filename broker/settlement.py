@@ -6,10 +6,10 @@ Knows credit, idempotency keys and runs that share an answer. Does not know addr
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from penstock.broker.columns import Block, any_shared, gather
+from penstock.broker.columns import Block, gather
+from penstock.broker.fitting import MAX_PORTION_BYTES, SPAN_BYTES, row_bytes
 from penstock.broker.protocol import Outcome
 from penstock.broker.sessions import ClientSession
-from penstock.broker.shared import DESCRIPTOR_BYTES
 from penstock.broker.state import BrokerState
 from penstock.broker.tasks import CANCELLED, EXPIRED, QUEUED, Piece, Run
 from penstock.broker.wire import MAX_ROWS
@@ -17,9 +17,6 @@ from penstock.broker.wire import MAX_ROWS
 Span = tuple[bytes, int, int, int, float]
 """(run, start, stop, first row in the answer, milliseconds in the queue)."""
 UNKNOWN = "unknown"
-SPAN_BYTES = 40
-MAX_LENGTH_BYTES = 5
-MAX_PORTION_BYTES = 24 * 1024
 
 
 class Settlement:
@@ -95,25 +92,21 @@ class Settlement:
 
     def portions(self, spans: list[Span]) -> Iterator[list[Span]]:
         """The spans in portions whose outcome fits a header, and a block; mostly just one."""
-        block = self._answer.block
-        num_ragged = 0 if block is None else sum(n is not None for n in block.lengths)
-        row_bytes = MAX_LENGTH_BYTES * num_ragged
-        if block is not None and any_shared([block]):
-            row_bytes += DESCRIPTOR_BYTES * block.layout.num_framed
-        if self.num_rows <= MAX_ROWS and SPAN_BYTES * len(spans) + row_bytes * self.num_rows <= MAX_PORTION_BYTES:
+        per_row = row_bytes(self._answer.block)
+        if self.num_rows <= MAX_ROWS and SPAN_BYTES * len(spans) + per_row * self.num_rows <= MAX_PORTION_BYTES:
             yield spans
             return
         portion, num_rows, num_bytes = list[Span](), 0, 0
         for run_id, start, stop, at, queue_ms in spans:
             while start < stop:
                 room = MAX_PORTION_BYTES - num_bytes - SPAN_BYTES
-                fitting = min(stop - start, MAX_ROWS - num_rows, room // row_bytes if row_bytes else MAX_ROWS * (room > 0))
+                fitting = min(stop - start, MAX_ROWS - num_rows, room // per_row if per_row else MAX_ROWS * (room > 0))
                 if fitting <= 0:
                     yield portion
                     portion, num_rows, num_bytes = [], 0, 0
                     continue
                 portion.append((run_id, start, start + fitting, at, queue_ms))
-                num_rows, num_bytes = num_rows + fitting, num_bytes + SPAN_BYTES + fitting * row_bytes
+                num_rows, num_bytes = num_rows + fitting, num_bytes + SPAN_BYTES + fitting * per_row
                 start, at = start + fitting, at + fitting
         yield portion
 

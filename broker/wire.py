@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast, dataclass_transform
 
 import msgpack
 
-from penstock.broker.columns import Block, Buffer, LayoutError, view
+from penstock.broker.columns import Block, Buffer, LayoutError, frame_bytes, view
 from penstock.broker.packed import PackedError, unpack
 
 MAJOR, MINOR = 1, 3
@@ -48,9 +48,11 @@ class Reader:
         self.frames = self.frames[len(block.sent_frames) :]
         return block
 
-    def take_frame(self) -> bytes:
+    def take_frame(self, max_bytes: int) -> bytes:
         if not self.frames:
             raise ProtocolError("a payload frame is missing")
+        if frame_bytes(self.frames[0]) > max_bytes:
+            raise ProtocolError(f"a frame of {frame_bytes(self.frames[0])} bytes, at most {max_bytes} allowed")
         data = bytes(view(self.frames[0]))
         self.frames = self.frames[1:]
         return data
@@ -110,11 +112,11 @@ def message(type_name: str) -> Callable[[type[M]], type[M]]:
     return decorate
 
 
-def encode(msg: Message) -> list[Buffer]:
+def encode(msg: Message, max_header_bytes: int = MAX_HEADER_BYTES) -> list[Buffer]:
     """The message as frames: version, header, payload.
 
     Raises:
-        ProtocolError: the header would be larger than `MAX_HEADER_BYTES`.
+        ProtocolError: the header would be larger than `max_header_bytes`, or msgpack cannot hold what is in it.
     """
     header: dict[str, Any] = {"type": msg.TYPE}
     frames: list[Buffer] = [VERSION, b""]
@@ -122,9 +124,12 @@ def encode(msg: Message) -> list[Buffer]:
         if value is default or value == default:
             continue
         header[name] = kind.write(value, frames) if kind.write else value
-    frames[1] = packed = cast(bytes, msgpack.packb(header))
-    if len(packed) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(packed)} bytes, at most {MAX_HEADER_BYTES} allowed")
+    try:
+        frames[1] = packed = cast(bytes, msgpack.packb(header))
+    except (ValueError, OverflowError) as e:
+        raise ProtocolError(f"{msg.TYPE} cannot be packed: {e}") from e
+    if len(packed) > max_header_bytes:
+        raise ProtocolError(f"a header of {len(packed)} bytes, at most {max_header_bytes} allowed")
     return frames
 
 
@@ -136,10 +141,10 @@ def _num_pairs(data: Any) -> int:
     return int.from_bytes(data[1:3], "big") if first == 0xDE else -1
 
 
-def unpack_header(data: Any) -> dict[str, Any]:
+def unpack_header(data: Any, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
     """The header's map, or a ProtocolError."""
-    if len(data) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(data)} bytes, at most {MAX_HEADER_BYTES} allowed")
+    if len(data) > max_bytes:
+        raise ProtocolError(f"a header of {len(data)} bytes, at most {max_bytes} allowed")
     try:
         header = unpack(bytes(data))
     except PackedError as e:
@@ -151,7 +156,9 @@ def unpack_header(data: Any) -> dict[str, Any]:
     return header
 
 
-def decode(types: dict[str, type[Message]], frames: Sequence[Buffer]) -> Message:
+def decode(
+    types: dict[str, type[Message]], frames: Sequence[Buffer], max_header_bytes: int = MAX_HEADER_BYTES
+) -> Message:
     """Parse one message of a closed set of types.
 
     Args:
@@ -165,7 +172,7 @@ def decode(types: dict[str, type[Message]], frames: Sequence[Buffer]) -> Message
         raise ProtocolError(f"a message has 2 to {MAX_FRAMES} frames, this has {len(frames)}")
     if frames[0] != VERSION:
         _check_version(bytes(view(frames[0])))
-    header = unpack_header(frames[1] if type(frames[1]) is bytes else view(frames[1]))
+    header = unpack_header(frames[1] if type(frames[1]) is bytes else view(frames[1]), max_header_bytes)
     type_name = header.pop("type", None)
     cls = types.get(type_name) if type(type_name) is str else None
     if cls is None:
@@ -289,4 +296,8 @@ MAYBE_BLOCK = Kind(
     lambda value, reader: None if value is None else reader.take_block(value),
     lambda block, frames: None if block is None else _write_block(block, frames),
 )
-FRAME = Kind(lambda value, reader: reader.take_frame(), _write_frame)
+
+
+def frame(max_bytes: int) -> Kind:
+    """Bytes in a payload frame of their own."""
+    return Kind(lambda value, reader: reader.take_frame(max_bytes), _write_frame)

@@ -107,7 +107,7 @@ class Workers:
         if worker.route is not None:
             self.lose_route(worker.route)
         worker.route, worker.last_seen, worker.progress_at = route, now, now
-        worker.pid, worker.device, worker.is_ready = pid or m.pid, m.device, False
+        worker.pid, worker.known_pid, worker.device, worker.is_ready = pid or m.pid, pid, m.device, False
         self.by_route[route] = worker
         config = self.state.config
         shared = self.state.sharing.offer(worker, config, pid)
@@ -165,7 +165,7 @@ class Workers:
 
     def lose_process(self, pid: int, now: float) -> None:
         """The kernel says that this process has ended."""
-        for worker in [w for w in self.by_secret.values() if w.pid == pid]:
+        for worker in [w for w in self.by_secret.values() if w.known_pid == pid]:
             self.lose(worker, f"its process {pid} has ended", now)
 
     def lose(self, worker: WorkerSession, reason: str, now: float, is_suspect: bool = True) -> None:

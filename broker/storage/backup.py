@@ -33,7 +33,8 @@ def back_up(source: Path, db: sqlite3.Connection, folder: Path, min_free_bytes: 
     if folder.exists():
         raise FileExistsError(f"{folder} exists; name a folder that does not")
     _check_space(source, db, folder.parent, min_free_bytes)
-    part = folder.with_name(f"{folder.name}.part")
+    part = folder.with_name(f"{folder.name}.penstock-part")
+    shutil.rmtree(part, ignore_errors=True)  # a broker was killed while it made one
     part.mkdir(mode=0o700)
     try:
         (part / "payloads").mkdir(mode=0o700)

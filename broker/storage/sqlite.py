@@ -138,10 +138,10 @@ class SqliteStore:
         self._wanted += [write.folder for write in writes if isinstance(write, Copy)]
         try:
             self._commit([write for write in writes if not isinstance(write, Copy)])
-        except (sqlite3.Error, OSError) as e:
+        except Exception as e:  # whatever it was, nothing more is safe, and everybody must know
             with self._news:
-                self.failure = StorageError(f"the journal {self._path} cannot be written: {e}")
-            os.write(self._write_fd, b"!")
+                self.failure = StorageError(f"the journal {self._path} cannot be written: {e or type(e).__name__}")
+            self._wake()
             return
         self.committed = ticket
         self._wake()
@@ -216,7 +216,10 @@ class SqliteStore:
 
     def has_room(self) -> bool:
         """See `Store`."""
-        return shutil.disk_usage(self._folder).free >= self._min_free_bytes
+        try:
+            return shutil.disk_usage(self._folder).free >= self._min_free_bytes
+        except OSError:  # the folder is gone: the next commit says so
+            return False
 
     def close(self) -> None:
         """See `Store`."""

@@ -125,7 +125,7 @@ class World:
             config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, operators=operators
         )
         self.store = store
-        self.promises = Promises(store, self._send)
+        self.promises = Promises(store, self._send, self._lose)
         if store is not None:
             self.core.restore(store.load(), self.now)
 
@@ -200,9 +200,12 @@ class World:
             self.memory.read(message)
         peer = self.peers.get((action.side, action.route))
         if peer is None:
-            self.handle(PeerLost(action.side, action.route))
+            self._lose(action)
         else:
             peer.receive(message)
+
+    def _lose(self, action: Send) -> None:
+        self.handle(PeerLost(action.side, action.route))
 
 
 class Peer:

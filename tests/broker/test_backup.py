@@ -193,3 +193,10 @@ def test_the_copy_is_for_its_owner_only_and_a_whole_database(store: SqliteStore,
     db = sqlite3.connect(files["journal.sqlite"])
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     db.close()
+
+
+def test_what_a_broker_left_that_was_killed_is_in_nobodys_way(store: SqliteStore, tmp_path: Path) -> None:
+    (tmp_path / "copy.penstock-part" / "payloads").mkdir(parents=True)
+    store.append([Put(1, 1, [b"one"]), Copy(str(tmp_path / "copy"))])
+    assert copied(store) == [(str(tmp_path / "copy"), "")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "journal"]

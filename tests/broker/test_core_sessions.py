@@ -1,9 +1,13 @@
 """Client sessions: they outlive their connection, what they missed is sent again, and they end."""
 
+import pytest
 from broker_world import World, spec
 
+from penstock.broker import promises
 from penstock.broker import protocol as p
 from penstock.broker.core import Malformed, Stop, Turn
+from penstock.broker.storage.store import MemoryStore
+from penstock.broker.wire import ProtocolError, decode, encode
 
 
 def test_hello_is_answered_with_epoch_and_credit() -> None:
@@ -256,3 +260,35 @@ def test_equal_events_give_equal_actions() -> None:
         return heard
 
     assert play() == play()
+
+
+def test_an_acceptance_that_was_lost_with_the_connection_is_told_again() -> None:
+    w = World(store=MemoryStore())
+    client = w.client()
+    run = client.submit(is_durable=True, wants_accepted=True)
+    client.vanish()
+    w.commit()
+    assert not client.take(p.Accepted)
+    client.attach([run])
+    w.commit()
+    assert [m.id for m in client.take(p.Accepted)] == [run]
+
+
+def test_an_attach_names_so_many_submissions_at_most() -> None:
+    with pytest.raises(ProtocolError, match="at most 16777216"):
+        decode(p.FROM_CLIENT, encode(p.Attach(name="c", secret=b"s" * 16, epoch=7, open=bytes((16 << 20) + 16))))
+
+
+def test_who_has_too_many_messages_waiting_has_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises, "MAX_HELD", 1000)
+    w = World(store=MemoryStore())
+    worker, client = w.worker(), w.client()
+    run = client.submit(is_durable=True)
+    worker.finish()
+    for number in range(100):
+        client.send(p.Status(request=number), is_turn=False)
+    assert len(w.promises) < 20 and not client.take(p.Reply)
+    assert {m.error.code for m in client.take(p.Fault)} == {"unattached"}
+    client.attach([run])
+    w.commit()
+    assert client.row(run).num_finals == 1

@@ -4,6 +4,8 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec
 
 from penstock.broker import protocol as p
+from penstock.broker.core import ProcessEnded, Received
+from penstock.broker.state import BACK
 
 
 def crash_on(w: World, victims: list[tuple[bytes, int]], limit: int = 60, **fields: object) -> int:
@@ -335,3 +337,26 @@ def test_status_of_a_task_on_its_way() -> None:
     client.send(p.Status(request=2, id=run))
     client.send(p.Status(request=3, id=b"0" * 16))
     assert [r.body["state"] for r in client.take(p.Reply)] == ["finished", "unknown"]
+
+
+def test_a_process_that_ends_is_not_that_of_a_worker_elsewhere() -> None:
+    """A worker on another machine, or in a container, may say the number that a process here has."""
+    w = World()
+    w.worker(name="here", pid=500)
+    elsewhere = w.worker(name="elsewhere", principal="worker:gpu2")
+    hello = p.WorkerHello(name="elsewhere", secret=elsewhere.secret, pid=500, device="cpu")
+    w.step(Received(BACK, elsewhere.route, elsewhere.principal, hello, 0))
+    w.step(ProcessEnded(500))
+    assert [worker.name for worker in w.state.workers.values()] == ["elsewhere"]
+
+
+def test_versions_that_nobody_offers_any_more_are_forgotten() -> None:
+    w = World()
+    worker, client = w.worker(), w.client()
+    for number in range(50):
+        worker.specs = [spec(digest=b"version %d" % number)]
+        worker.ready()
+    assert len(w.state.kernels._interned) == 1
+    run = client.submit()
+    worker.finish_all()
+    assert client.row(run).num_finals == 1

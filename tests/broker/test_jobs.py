@@ -612,3 +612,38 @@ def test_rows_of_the_journal_of_an_earlier_broker_have_no_evidence() -> None:
     w.step(ProcessEnded(6))
     w.commit()
     assert len(jobs(w.client(), id=run)[0]["errors"][0]["detail"].splitlines()) == 1
+
+
+@pytest.mark.parametrize("op", ["drop", "requeue", "backup"])
+def test_a_wish_whose_answer_was_lost_is_answered_once_more(op: str) -> None:
+    w = durable_world()
+    client, worker = w.client(), w.worker()
+    submit(client, 1, key=b"k")
+    w.commit()
+    worker.finish(error=POISON)
+    w.commit()
+    wish = p.Control(request=6, op=op, **({"target": "/backups/one"} if op == "backup" else {"key": b"k"}))
+    client.send(wish)
+    client.vanish()
+    w.commit()
+    client.attach()
+    client.take(p.Reply)
+    if op == "requeue":
+        worker.finish(error=POISON)  # it may not begin again because it was asked for twice
+    client.send(wish)
+    w.commit()
+    (reply,) = client.take(p.Reply)
+    assert reply.error is None
+    assert not worker.leases
+
+
+def test_a_report_tells_what_is_safe() -> None:
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    run = submit(client, 1)
+    w.commit()
+    worker.finish()
+    client.send(p.Status(request=1, what="jobs", id=run))
+    assert not client.take(p.Reply)
+    w.commit()
+    assert client.take(p.Reply)[0].body["jobs"][0]["state"] == "done"

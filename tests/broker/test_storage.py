@@ -205,6 +205,20 @@ def test_a_write_that_fails_ends_the_store(disk: Disk, monkeypatch: pytest.Monke
     assert plain(disk.open()) == []
 
 
+def test_whatever_ends_the_commits_is_told(disk: Disk) -> None:
+    """A record on the disk has changed: that it cannot be read comes up when it is erased, in the commit thread."""
+    store = disk.open()
+    wait_committed(store, store.append([Put(1, 1, [b"hello"])]))
+    store._db.execute("UPDATE records SET body = zeroblob(40)")
+    store.append([Erase(1)])
+    limit = time.monotonic() + 10.0
+    while store.failure is None:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    with pytest.raises(StorageError, match="cannot be written"):
+        store.append([Put(2, 1, [b"more"])])
+
+
 def test_another_format_is_refused(disk: Disk) -> None:
     disk.open()
     disk.close()
