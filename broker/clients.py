@@ -3,7 +3,7 @@
 Knows what a client may do and what it is told. Does not know how batches are made or who runs them.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,7 @@ from penstock.broker.protocol import (
     Welcome,
 )
 from penstock.broker.scheduling.accounts import Account
+from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.settlement import Settlement, Span
 from penstock.broker.sharing import Unshared
@@ -73,6 +74,7 @@ class Clients:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
+        self._num_of = Counter[str]()
         self._closing: deque[ClientSession] = deque()
         self._absent: dict[tuple[str, str], ClientSession] = {}
         self._on_unwanted = on_unwanted
@@ -132,14 +134,17 @@ class Clients:
     def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
         key = (principal, m.secret)
         session = self._by_secret.get(key)
-        if session is None and len(self._by_secret) >= self.state.config.max_clients:
+        num_own, num_all, limit = self._num_of[principal], len(self._by_secret), self.state.config.max_clients
+        if session is None and not may_have_more(num_own, num_all, limit):
             self.state.counters["refused_sessions"] += 1
-            self._send_fault(route, Code.OVERLOADED, f"the broker has {len(self._by_secret)} clients, which is its limit")
+            text = f"the broker has {num_all} clients, {num_own} of them yours, and {limit} at most"
+            self._send_fault(route, Code.OVERLOADED, text)
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
             account = self.account_of(principal, m.name)
             account.num_sessions += 1
+            self._num_of[principal] += 1
             session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
         self.lose_route(route)  # whoever was at this address is not there any more
         if session.route is not None:
@@ -196,6 +201,7 @@ class Clients:
         session.route = None
         session.is_closed = True
         session.account.num_sessions -= 1
+        self._num_of[session.principal] -= 1
         session.outbox.clear()
         for run in [run for run in session.runs if run.number]:
             self.hand_over(run, self._nobody(session.principal, session.name, session.last_seen))

@@ -103,6 +103,28 @@ def test_without_room_durable_tasks_are_refused_and_others_taken(reason: str) ->
     assert client.results(plain) != [None]
 
 
+def test_nobody_takes_all_the_room_for_results() -> None:
+    """Whoever leaves its results unfetched is refused before the others are."""
+    w = durable_world(max_kept_bytes=400)
+    worker = w.worker()
+    greedy, modest = w.client(principal="client:greedy"), w.client(principal="client:modest")
+
+    def is_taken(client: FakeClient) -> bool:
+        run = submit(client)
+        w.commit()
+        if run not in client.refused:
+            worker.finish()
+            w.commit()
+        return run not in client.refused
+
+    assert [is_taken(greedy) for _ in range(10)] == [True] * 9 + [False]
+    assert is_taken(modest)
+    modest.send(p.Ack(seq=modest.received))
+    assert is_taken(modest)
+    greedy.send(p.Ack(seq=greedy.received))
+    assert is_taken(greedy)
+
+
 def test_a_kernel_can_be_durable_by_configuration() -> None:
     w = durable_world(durable_kernels=("echo",))
     client = w.client()
