@@ -48,6 +48,7 @@ from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEU
 from penstock.broker.wire import Message
 
 MAX_CLOSED_PER_TURN = 250
+MAX_IDLE_ABSENT = 1024
 MAX_REPLAYED = 32
 """Remembered outcomes per message: each has a header of its own."""
 
@@ -77,6 +78,7 @@ class Clients:
         self._num_of = Counter[str]()
         self._closing: deque[ClientSession] = deque()
         self._absent: dict[tuple[str, str], ClientSession] = {}
+        self._max_absent = MAX_IDLE_ABSENT
         self._on_unwanted = on_unwanted
         self._admission = Admission(state, is_settled)
         self.jobs = Jobs(state, self, self._admission, may_operate)
@@ -228,6 +230,9 @@ class Clients:
         """Who holds the durable tasks of a client that is not there. It is told nothing: the journal keeps the outcomes."""
         session = self._absent.get((principal, name))
         if session is None:
+            if len(self._absent) >= self._max_absent:
+                self._absent = {key: absent for key, absent in self._absent.items() if absent.runs}
+                self._max_absent = max(MAX_IDLE_ABSENT, 2 * len(self._absent))
             account = self.account_of(principal, name)
             session = self._absent[principal, name] = ClientSession(principal, name, b"", None, now, account)
             session.is_closed = True

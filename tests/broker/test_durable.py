@@ -326,6 +326,25 @@ def test_a_client_that_comes_back_hears_what_it_missed() -> None:
     assert client.credit[0] == 4096 + 2, "all credit came back"
 
 
+def test_clients_that_left_are_forgotten_with_their_last_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may call itself something else each time."""
+    monkeypatch.setattr("penstock.broker.clients.MAX_IDLE_ABSENT", 20)
+    w = durable_world()
+    worker, stays = w.worker(), w.client("stays")
+    kept = submit(stays)
+    stays.send(p.Goodbye())
+    for i in range(100):
+        client = w.client(f"client {i}")
+        run = submit(client)
+        client.send(p.Goodbye())
+        w.core.clients.end_run(w.state.ledger.find("uid:1", run), "cancelled", p.Error("cancelled", ""), w.now)
+    assert len(w.core.clients._absent) <= 20
+    w.commit()
+    worker.finish_all()
+    w.commit()
+    told(again(w, kept), kept)
+
+
 def test_another_principal_does_not_see_it() -> None:
     w = durable_world()
     run = submit(w.client())
