@@ -55,7 +55,7 @@ class Admission:
         if self._state.is_draining:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
         if self.is_durable(m):
-            self.check_journal(num_rows, now)
+            self.check_journal(session.principal, num_rows, now)
         if not 1 <= num_rows <= config.max_rows_per_run:
             raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
         if m.timeout_ms is not None and m.timeout_ms <= 0:
@@ -74,9 +74,9 @@ class Admission:
         if session.num_unacked_bytes > self._state.config.max_result_bytes or len(session.outbox) > MAX_UNACKED:
             raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now, "acks")
 
-    def check_journal(self, num_rows: int, now: float) -> None:
-        """Whether a durable task may be taken. Raises Refusal."""
-        why = self._state.journal.refusal()
+    def check_journal(self, principal: str, num_rows: int, now: float) -> None:
+        """Whether a durable task of this principal may be taken. Raises Refusal."""
+        why = self._state.journal.refusal(principal)
         if why is not None and not self._state.journal.is_durable:
             raise Refusal(Code.INVALID, why)
         if why is not None:

@@ -4,7 +4,7 @@ Knows what a client may do and what it is told. Does not know how batches are ma
 """
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,6 +41,7 @@ from penstock.broker.protocol import (
     Welcome,
 )
 from penstock.broker.scheduling.accounts import Account
+from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.settlement import Settlement, Span
 from penstock.broker.sharing import Unshared
@@ -49,6 +50,7 @@ from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEU
 from penstock.broker.wire import Message
 
 MAX_CLOSED_PER_TURN = 250
+MAX_IDLE_ABSENT = 1024
 
 
 class Clients:
@@ -73,8 +75,10 @@ class Clients:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
+        self._num_of = Counter[str]()
         self._closing: deque[ClientSession] = deque()
         self._absent: dict[tuple[str, str], ClientSession] = {}
+        self._max_absent = MAX_IDLE_ABSENT
         self._on_unwanted = on_unwanted
         self._admission = Admission(state, is_settled)
         self.jobs = Jobs(state, self, self._admission, may_operate)
@@ -132,14 +136,17 @@ class Clients:
     def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
         key = (principal, m.secret)
         session = self._by_secret.get(key)
-        if session is None and len(self._by_secret) >= self.state.config.max_clients:
+        num_own, num_all, limit = self._num_of[principal], len(self._by_secret), self.state.config.max_clients
+        if session is None and not may_have_more(num_own, num_all, limit):
             self.state.counters["refused_sessions"] += 1
-            self._send_fault(route, Code.OVERLOADED, f"the broker has {len(self._by_secret)} clients, which is its limit")
+            text = f"the broker has {num_all} clients, {num_own} of them yours, and {limit} at most"
+            self._send_fault(route, Code.OVERLOADED, text)
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
             account = self.account_of(principal, m.name)
             account.num_sessions += 1
+            self._num_of[principal] += 1
             session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
         self.lose_route(route)  # whoever was at this address is not there any more
         if session.route is not None:
@@ -202,6 +209,7 @@ class Clients:
         session.route = None
         session.is_closed = True
         session.account.num_sessions -= 1
+        self._num_of[session.principal] -= 1
         session.outbox.clear()
         for run in [run for run in session.runs if run.number]:
             self.hand_over(run, self._nobody(session.principal, session.name, session.last_seen))
@@ -228,6 +236,9 @@ class Clients:
         """Who holds the durable tasks of a client that is not there. It is told nothing: the journal keeps the outcomes."""
         session = self._absent.get((principal, name))
         if session is None:
+            if len(self._absent) >= self._max_absent:
+                self._absent = {key: absent for key, absent in self._absent.items() if absent.runs}
+                self._max_absent = max(MAX_IDLE_ABSENT, 2 * len(self._absent))
             account = self.account_of(principal, name)
             session = self._absent[principal, name] = ClientSession(principal, name, b"", None, now, account)
             session.is_closed = True

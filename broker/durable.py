@@ -4,7 +4,7 @@ Knows what is in a record only by name (`kept.py`), no files (`storage/`), no se
 is given.
 """
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -12,6 +12,7 @@ from hashlib import blake2b
 from penstock.broker.journal import About, Entry, Journal, Key, digest_of
 from penstock.broker.kept import DIED, STARTED, Kept, acked, has_failed, noted, outcome_of, read, saved_of, taken
 from penstock.broker.protocol import ID_BYTES, Outcome
+from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.storage.records import Erase, Put
 from penstock.broker.tasks import Piece, Run, Saved
 
@@ -37,6 +38,7 @@ class DurableJournal(Journal):
     ) -> None:
         super().__init__(window_s, max_bytes)
         self.num_kept_bytes = 0
+        self._kept_bytes_of = Counter[str]()
         self._result_ttl_s = result_ttl_s
         self._max_result_bytes = max_result_bytes
         self._wall_offset_s = wall_offset_s
@@ -50,13 +52,21 @@ class DurableJournal(Journal):
 
     # --- what happens to a task ------------------------------------------------------------------------------------
 
-    def refusal(self) -> str | None:
+    def refusal(self, principal: str) -> str | None:
         """See `Journal`."""
         if not self.has_room:
             return "the disk of the broker's journal is almost full"
         if self.num_kept_bytes > self._max_result_bytes:
             return "too many results wait to be fetched: acknowledge or drop some"
+        if not may_have_more(self._kept_bytes_of[principal], self.num_kept_bytes, self._max_result_bytes):
+            return "too many of your results wait to be fetched: acknowledge or drop some"
         return None
+
+    def _count_kept(self, principal: str, num_bytes: int) -> None:
+        self.num_kept_bytes += num_bytes
+        self._kept_bytes_of[principal] += num_bytes
+        if not self._kept_bytes_of[principal]:
+            del self._kept_bytes_of[principal]
 
     def accept(self, principal: str, key: bytes, digest: bytes, run: Run) -> Entry:
         """See `Journal`."""
@@ -161,7 +171,7 @@ class DurableJournal(Journal):
         key = self._keys.get((principal, run_id))
         entry = self._kept.pop(key, None) if key is not None else None
         if key is not None and entry is not None:
-            self.num_kept_bytes -= entry.num_bytes
+            self._count_kept(key[0], -entry.num_bytes)
             self._note_acked(key, entry)
             self.writes.append(acked(entry.number, now + self._wall_offset_s))
             super()._retire(key, entry, now)
@@ -185,7 +195,7 @@ class DurableJournal(Journal):
         if self._kept.pop(key, None) is None:
             self._drop(key, entry)
             return
-        self.num_kept_bytes -= entry.num_bytes
+        self._count_kept(key[0], -entry.num_bytes)
         self._erase(key, entry)
 
     def begin_again(self, key: Key, entry: Entry, now: float) -> Kept:
@@ -215,7 +225,7 @@ class DurableJournal(Journal):
             super()._retire(key, entry, now)
             return
         entry.expires_at = now + self._result_ttl_s
-        self.num_kept_bytes += entry.num_bytes
+        self._count_kept(key[0], entry.num_bytes)
         self._kept[key] = entry
 
     def _drop(self, key: Key, entry: Entry) -> None:

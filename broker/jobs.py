@@ -176,7 +176,7 @@ class Jobs:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
         journal, num_rows = self._journal(), _count(entry).total() - _count(entry)[DONE]
         account = self._clients.account_of(session.principal, entry.about.client)
-        self._admission.check_journal(num_rows, now)
+        self._admission.check_journal(session.principal, num_rows, now)
         self._admission.check_queue(account, num_rows, entry.request.block.nbytes, now)
         run = self._clients.restore(journal, journal.begin_again(key, entry, now), now)
         self._state.counters["requeued"] += num_rows

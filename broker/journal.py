@@ -88,8 +88,8 @@ class Journal:
         self.expire(now)
         return self._open.get((principal, key)) or self._closed.get((principal, key))
 
-    def refusal(self) -> str | None:
-        """Why no durable task can be taken now."""
+    def refusal(self, principal: str) -> str | None:
+        """Why no durable task of this principal can be taken now."""
         return "this broker keeps its tasks in memory: submit with durable=False"
 
     def accept(self, principal: str, key: bytes, digest: bytes, run: Run) -> Entry:

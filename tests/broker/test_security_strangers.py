@@ -302,8 +302,18 @@ def test_a_quota_for_a_principal_holds_under_any_name(tmp_ipc: Path) -> None:
 # --- what they send --------------------------------------------------------------------------------------------------
 
 
-def bombs() -> list[list[bytes]]:
-    head = msgpack.packb("type") + msgpack.packb("hello")
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def bombs(trap: Path) -> list[list[bytes]]:
+    head, pickled = msgpack.packb("type") + msgpack.packb("hello"), pickle.dumps(Trap(trap))
     return [
         [VERSION, b"\x81\xa1a" + b"\x91" * 65_000],  # 65,000 deep
         [VERSION, b"\x82" + head + b"\xa1a" + b"\x9f" * 4000],
@@ -315,8 +325,9 @@ def bombs() -> list[list[bytes]]:
         [VERSION, b"\x82" + head + b"\xa4name\xc7\x05\x01hello"],  # an extension type
         [VERSION, b"\x80" * 65_537],
         [VERSION, msgpack.packb({"type": "status", "request": 1}), *[b""] * 8300],
-        [pickle.dumps(os.getcwd)], [VERSION, pickle.dumps({"type": "hello"})],
-        [VERSION, msgpack.packb({"type": "submit", "id": bytes(16), "kernel": "echo"}), pickle.dumps([1])],
+        [VERSION, b"\x82" + head + b"\xa4name" + b"\xdc\x20\x00" * 21_000],  # a thousand arrays of 8,192, one in the other
+        [pickled], [pickled, pickled], [VERSION, pickled],
+        [VERSION, msgpack.packb({"type": "submit", "id": bytes(16), "kernel": "echo"}), pickled],
     ]  # fmt: skip
 
 
@@ -324,11 +335,12 @@ def test_bombs_and_pickles_are_counted_and_cost_nothing(tmp_ipc: Path) -> None:
     with guarded(tmp_ipc) as b:
         b.check_serves()
         bob, before = b.peer("bob"), b.memory().rss
-        for frames in bombs() * 3:
+        for frames in bombs(tmp_ipc / "trap") * 3:
             bob.send_frames(*frames)
             fields, _ = bob.receive(timeout_s=10.0)
             assert (fields["type"], fields["error"][0]) == ("error", "protocol")
-        assert b.count("malformed") == 3 * len(bombs())
+        assert b.count("malformed") == 3 * len(bombs(tmp_ipc))
+        assert not (tmp_ipc / "trap").exists(), "something was unpickled"
         assert b.memory().rss - before < 40 * MB
         b.check_serves()
 
