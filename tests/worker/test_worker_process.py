@@ -249,6 +249,25 @@ def test_a_second_signal_ends_at_once(broker: FakeBroker, start: Start) -> None:
     assert not any(isinstance(m, protocol.WorkerFinal) for m in broker.inbox)
 
 
+def test_what_is_cut_short_and_not_idempotent_does_not_go_back(broker: FakeBroker, start: Start, tmp_ipc: Path) -> None:
+    """By its goodbye a worker says that nothing of what it holds has begun; the one that has is answered first."""
+    worker = start()
+    broker.expect(protocol.Ready)
+    for lease in (1, 2):
+        broker.send(assign(lease, "mark_once", nothing(1), **seconds(60.0)))
+    broker.wait_until(lambda: (tmp_ipc / "begun").exists(), "the first batch")
+    worker.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # two signals at once would count as one
+    worker.send_signal(signal.SIGINT)
+    final = broker.expect(protocol.WorkerFinal)
+    assert final.lease == 1
+    assert final.answers[0].error is not None
+    assert final.answers[0].error.code == Code.WORKER_LOST
+    assert broker.expect(protocol.Goodbye).reason == "interrupted"
+    assert worker.wait(EXIT_S) == 128 + signal.SIGINT
+    assert not any(isinstance(m, protocol.WorkerFinal) for m in broker.inbox), "the other one never began"
+
+
 def test_the_brokers_drain_ends_a_worker(broker: FakeBroker, start: Start) -> None:
     worker = start()
     broker.expect(protocol.Ready)
