@@ -18,7 +18,7 @@ import pytest
 from fake_broker import HERE, FakeBroker, assign, start_worker, tensor_block
 
 from penstock.broker import protocol
-from penstock.broker.columns import Block
+from penstock.broker.columns import Block, Column, pack
 from penstock.broker.protocol import Code
 from penstock.broker.wire import encode
 
@@ -218,6 +218,42 @@ def test_a_silent_broker_is_greeted_again(shared: Shared) -> None:
     broker.is_deaf = False
     broker.expect(protocol.Ready)
     assert len(broker.hellos) == 1
+
+
+def thought(lease: int, **fields: Any) -> protocol.Assign:
+    block = pack([(Column("prompt", "str", (), True), [3], [b"why"])], 1)
+    return assign(lease, "think", block, mode="stream", statics={"num_tokens": 60, "pause": 0.01}, **fields)
+
+
+def test_a_broker_that_takes_no_checkpoints_gets_none(shared: Shared) -> None:
+    lease = next(shared.leases)
+    shared.broker.send(thought(lease))
+    assert shared.broker.expect(protocol.WorkerFinal).lease == lease
+    assert not any(isinstance(m, protocol.Checkpoint) for m in shared.broker.inbox)
+    shared.broker.inbox.clear()
+
+
+def test_what_was_saved_is_where_another_lease_goes_on(broker: FakeBroker, start: Start) -> None:
+    broker.limits = {"checkpoint_ms": 50.0, "max_checkpoint_bytes": 1 << 20}
+    start()
+    specs = {spec["name"]: spec for spec in broker.expect(protocol.Ready).specs}
+    assert specs["think"]["checkpoints"] is True
+    assert "checkpoints" not in specs["count"]
+    broker.send(thought(1))
+    broker.expect(protocol.Checkpoint)
+    saved = broker.expect(protocol.Checkpoint)
+    broker.send(protocol.CancelLease(lease=1))
+    assert broker.expect(protocol.WorkerFinal).lease == 1
+    broker.inbox.clear()
+    broker.send(thought(2, checkpoint=saved.block, part=saved.part))
+    block = broker.expect(protocol.WorkerFinal).answers[0].block
+    parts = [m.part for m in broker.inbox if isinstance(m, protocol.WorkerPartial)]
+    assert parts == list(range(saved.part, 60))
+    assert block is not None
+    broker.send(thought(3))
+    whole = broker.expect(protocol.WorkerFinal).answers[0].block
+    assert whole is not None
+    assert [bytes(block.row(column, 0)) for column in range(2)] == [bytes(whole.row(column, 0)) for column in range(2)]
 
 
 def test_sigterm_finishes_what_is_held(broker: FakeBroker, start: Start) -> None:
