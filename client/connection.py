@@ -44,7 +44,7 @@ class Connection:
     def greet(self, now: float) -> None:
         """Say hello, or attach, next; a random part of the pause keeps clients of one broker apart."""
         self.state, self.must_greet = GREETING, True
-        jitter = self._draw(1)[0] / 255
+        jitter = self._jitter()
         self._retry_at = now + self._retry_s * (1 + jitter)
         self._retry_s *= 1 + 0.25 * jitter
 
@@ -63,7 +63,10 @@ class Connection:
 
     def lose(self, now: float) -> None:
         """The broker is about to be gone: greet the next one, after a moment."""
-        self.state, self._retry_at = GREETING, now + self._retry_s
+        self.state, self._retry_at = GREETING, now + self._retry_s * (1 + self._jitter())
+
+    def _jitter(self) -> float:
+        return self._draw(1)[0] / 255
 
     def end(self) -> None:
         self.state, self.must_greet, self.must_reconnect = ENDED, False, False

@@ -15,6 +15,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from penstock.broker.columns import FRAMED_ROW_BYTES, Buffer
 from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
+from penstock.broker.detectors import detect, reconnect
 from penstock.broker.keys import OwnKey
 from penstock.client.session import Session
 
@@ -30,13 +31,8 @@ _send_frame: Final[Any] = BareSocket.send
 _OPTIONS: Final = {
     zmq.LINGER: 0,
     zmq.IMMEDIATE: 1,
-    zmq.RECONNECT_IVL: 100,
-    zmq.RECONNECT_IVL_MAX: 5000,
     zmq.SNDHWM: 1000,
     zmq.RCVHWM: 10_000,
-    zmq.HEARTBEAT_IVL: 5000,
-    zmq.HEARTBEAT_TIMEOUT: 15_000,
-    zmq.HEARTBEAT_TTL: 30_000,
 }
 """LINGER is set when the client closes; what a lost connection still held is sent again by the session."""
 
@@ -65,6 +61,8 @@ class Link:
             socket = self._context.socket(zmq.DEALER)
             for option, value in _OPTIONS.items():
                 socket.setsockopt(option, value)
+            detect(socket)
+            reconnect(socket)
             socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
             show_key(socket, self._key)
             if self._endpoint.startswith("tcp:"):

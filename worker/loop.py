@@ -19,6 +19,7 @@ import zmq
 from penstock.broker import protocol
 from penstock.broker.address import Address
 from penstock.broker.columns import Buffer
+from penstock.broker.detectors import RECONNECT_MS
 from penstock.broker.keys import OwnKey
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
@@ -31,7 +32,6 @@ from penstock.worker.pressure import Pressure
 from penstock.worker.transport import (
     POLLIN,
     POLLOUT,
-    RECONNECT_MS,
     Monitor,
     Socket,
     Wake,
@@ -54,7 +54,7 @@ MAX_MESSAGES_PER_TURN = 64
 MAX_REASON = 1000
 MAX_OUTBOX = 256
 """Streams pause while so many messages wait for the broker; answers to batches are bounded by the credit."""
-LOOK_S = RECONNECT_MS / 2e3
+LOOK_S = RECONNECT_MS / 4e3
 SPIN_S = 30e-6
 NAP_S = 20e-6
 MAX_WATCH_S = 0.05
