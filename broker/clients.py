@@ -267,7 +267,7 @@ class Clients:
             session.last_seen = min(session.last_seen + pause_s, now)
 
     def sweep(self, now: float) -> None:
-        """Drop sessions that were silent for long. What a client misses that is silent for a moment waits here for its attach."""
+        """Drop sessions that were silent for long; what a client misses that is silent for a while waits for its attach."""
         config = self.state.config
         quiet_s = min(config.client_liveness_s, config.session_ttl_s)
         for session in [s for s in self._by_secret.values() if now - s.last_seen > quiet_s]:

@@ -84,11 +84,11 @@ class Connection:
         if self.state == READY:
             due = self._beat_at(is_busy) if can_send else math.inf
             return min(due, self.last_heard + SILENT_HEARTBEATS * self._heartbeat_s) if is_busy else due
-        return self._retry_at if self.state == GREETING and not self.must_greet else math.inf
+        return self._retry_at if self.state == GREETING else math.inf
 
     def tick(self, is_busy: bool, can_send: bool, now: float) -> bool:
         """Notice silence; True if a heartbeat shall be sent now."""
-        if self.state == GREETING and not self.must_greet and now >= self._retry_at:
+        if self.state == GREETING and now >= self._retry_at:
             self._retry_s = min(MAX_RETRY_S, self._retry_s * 2)
             self.must_reconnect = True
         if self.state != READY:

@@ -53,7 +53,8 @@ class WorkerConfig:
     """The settings of one worker process.
 
     Args:
-        broker: the broker's URL; None = PENSTOCK_URL, the connection file, the default ipc folder.
+        broker: the broker's URLs, in the order of preference; none = PENSTOCK_URL, the connection file, the default ipc folder.
+        key: a key file for a broker on tcp, or one for each URL; none = what PENSTOCK_KEY names.
         device: auto, cpu, mps, cuda or cuda:<index>; auto is the first of cuda:0, mps, cpu that exists.
         name: shown in status and logs, 1 to 64 characters; None = made from the device and the process id.
         kernels: modules or .py files with kernels, beside the built-in ones.
@@ -77,14 +78,14 @@ class WorkerConfig:
         memory_high: share of the memory in use from which caches are given back; it ends a twentieth below.
     """
 
-    broker: str | None = None
+    broker: tuple[str, ...] = ()
     device: str = "auto"
     name: str | None = None
     kernels: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     state_dir: Path | None = None
-    key: Path | None = None
+    key: tuple[Path, ...] = ()
     threads: int | None = None
     max_bytes: int = 256 * 1024 * 1024
     slots: int | None = None

@@ -10,6 +10,7 @@ from penstock.broker import detectors
 from penstock.broker.address import Address
 from penstock.broker.door import Door
 from penstock.broker.state import FRONT
+from penstock.broker.ways import Way, Ways
 from penstock.client.config import ClientConfig
 from penstock.client.link import Link
 from penstock.client.session import Session
@@ -39,7 +40,7 @@ def test_every_socket_has_the_detectors(context: "zmq.Context[zmq.Socket[bytes]]
     worker = dealer(context, door.endpoint)
     assert_watches(worker)
     worker.close(0)
-    link = Link(Session(ClientConfig(), "test", lambda n: bytes(n)), door.endpoint)
+    link = Link(Session(ClientConfig(), "test", lambda n: bytes(n)), Ways([Way(Address(f"ipc://{tmp_path}"))]))
     link.turn()
     assert link._socket is not None
     assert_watches(link._socket)
