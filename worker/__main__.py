@@ -18,7 +18,7 @@ from penstock.broker.address import AddressError
 from penstock.broker.keys import KeyProblem
 from penstock.broker.settings import SettingsError, load
 from penstock.broker.ways import Ways, find_ways
-from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, StartError, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, SESSIONS_VARIABLE, StartError, WorkerConfig
 
 USAGE_STATUS = 2
 PR_SET_PDEATHSIG = 1
@@ -129,7 +129,9 @@ def serve(config: WorkerConfig, ways: Ways, page: int | None = None, fault: str 
     if page is not None and config.parent is not None:
         end_with(config.parent)
     memory = None if page is None else Page(page).memory
-    worker = Worker(config, ways, Watch(memory, config.hang_limit_s, config.first_run_limit_s), fault)
+    secret, _, ended = os.environ.pop(SESSIONS_VARIABLE, "").partition(",")
+    watch = Watch(memory, config.hang_limit_s, config.first_run_limit_s)
+    worker = Worker(config, ways, watch, fault, bytes.fromhex(secret), bytes.fromhex(ended))
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, worker.on_signal)
     try:

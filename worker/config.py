@@ -40,6 +40,9 @@ class DeviceFault(Exception):
     """The device is broken for good (an illegal access, an assert, ECC, wrong answers): this process must end."""
 
 
+SESSIONS_VARIABLE = "PENSTOCK_WORKER_SESSIONS_HEX"
+"""In a worker's environment, from its supervisor: the secret of its session, and that of the process before, which is gone."""
+
 Option = bool | int | float | str | None | list["Option"]
 
 

@@ -82,16 +82,19 @@ class Worker:
         config: the settings; ways: where the broker is.
         watch: is told what this process does.
         fault: why the worker before this one has ended, if that was a failure: this one begins slowly, and tells the broker.
+        secret, ended: of this process's session and of the one before, see `Link`.
     """
 
-    def __init__(self, config: WorkerConfig, ways: Ways, watch: Watch, fault: str = "") -> None:
+    def __init__(
+        self, config: WorkerConfig, ways: Ways, watch: Watch, fault: str = "", secret: bytes = b"", ended: bytes = b""
+    ) -> None:
         self._config = config
         self._ways = ways
         self._watch = watch
         self._fault = fault
         self._pressure = Pressure(config.memory_high)
         self._device_fault: str | None = None
-        self._link = Link(config.session_name, config.device, config.max_bytes)
+        self._link = Link(config.session_name, config.device, config.max_bytes, secret, ended)
         self._memory = PeerMemory(config.shared_bytes, is_writable=config.device not in ("cpu", "mps"))
         self._context: zmq.Context[Socket] = zmq.Context()
         self._wake = Wake()
