@@ -284,11 +284,16 @@ class Clients:
             session.last_seen = min(session.last_seen + pause_s, now)
 
     def sweep(self, now: float) -> None:
-        """Drop silent sessions, and go on with closing those that ended."""
-        ttl_s = self.state.config.session_ttl_s
-        for session in [s for s in self._by_secret.values() if now - s.last_seen > ttl_s]:
-            self.state.counters["lost_clients"] += 1
-            self._leave(session)
+        """Drop sessions that were silent for long; what a client misses that is silent for a while waits for its attach."""
+        config = self.state.config
+        quiet_s = min(config.client_liveness_s, config.session_ttl_s)
+        for session in [s for s in self._by_secret.values() if now - s.last_seen > quiet_s]:
+            if now - session.last_seen > config.session_ttl_s:
+                self.state.counters["lost_clients"] += 1
+                self._leave(session)
+            elif session.route is not None:
+                self.state.counters["silent_clients"] += 1
+                self.lose_route(session.route)
 
     def close_some(self, now: float) -> None:
         """Cancel what clients that left had open, up to a bound per turn."""

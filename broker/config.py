@@ -83,6 +83,8 @@ class BrokerConfig:
     """A worker silent for this long is lost."""
     progress_s: float = 600.0
     """A worker that holds a lease and makes no progress for this long is lost."""
+    client_liveness_s: float = 5.0
+    """A client silent for this long is away: what it is to be told waits here until it attaches again."""
     session_ttl_s: float = 60.0
     """A client silent for this long loses its session and its open tasks."""
     worker_grace_s: float = 30.0
@@ -104,6 +106,8 @@ class BrokerConfig:
             raise ValueError(f"max_rows_per_run is at most {MAX_ROWS}")
         if self.liveness_s * 1000 < 2 * self.heartbeat_ms:
             raise ValueError("liveness_s must be at least two heartbeats")
+        if self.client_liveness_s * 1000 < 2 * self.heartbeat_ms:
+            raise ValueError("client_liveness_s must be at least two heartbeats")
         if self.curve not in _CURVE:
             raise ValueError(f"curve must be {', '.join(_CURVE)}, not {self.curve!r}")
         if self.listen and Address(self.listen).is_ipc:

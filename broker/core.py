@@ -361,7 +361,7 @@ class Core:
             "is_ready": any(w.is_ready for w in self.workers.by_route.values()),
             "is_settled": self._is_settled(now),
             "is_draining": state.is_draining,
-            "num_clients": len(self.clients),
+            "num_clients": len(self.clients), "num_clients_away": len(self.clients) - len(self.clients.by_route),
             "tasks": {
                 "open": state.ledger.num_open, "open_bytes": state.ledger.open_bytes,
                 "checkpoint_bytes": state.ledger.saved_bytes,

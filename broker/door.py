@@ -12,6 +12,7 @@ import zmq
 
 from penstock.broker.address import Address
 from penstock.broker.connections import Connections
+from penstock.broker.detectors import detect
 from penstock.broker.gate import Gate
 from penstock.broker.state import BACK
 
@@ -51,8 +52,7 @@ class Door:
         s.set(zmq.RCVHWM, MAX_SEND_BACKLOG)
         s.set(zmq.MAXMSGSIZE, max_message_bytes)
         s.set(zmq.LINGER, 1000)
-        s.set(zmq.HEARTBEAT_IVL, 2000)
-        s.set(zmq.HEARTBEAT_TIMEOUT, 8000)
+        detect(s)
         s.set(zmq.HANDSHAKE_IVL, MAX_HANDSHAKE_MS)
         s.set(zmq.BACKLOG, MAX_PENDING_CONNECTIONS)
         if self.gate is not None:

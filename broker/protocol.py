@@ -400,12 +400,13 @@ class Fault(Message):
 
 @message("hello")
 class WorkerHello(Message):
-    """Opens or takes up a worker's session."""
+    """Opens or takes up a worker's session. `ended`: the secret of one whose process is gone, which ends at once."""
 
     name: str = wire(NAME)
     secret: bytes = wire(SECRET)
     pid: int = wire(COUNT)
     device: str = wire(NAME)
+    ended: bytes = wire(binary(0, SECRET_BYTES), default=b"")
 
 
 @message("ready")

@@ -94,6 +94,9 @@ class Workers:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     def _enter(self, route: Route, principal: str, m: WorkerHello, now: float, pid: int) -> None:
+        before = self.by_secret.get(m.ended)
+        if before is not None and before.principal == principal and m.ended != m.secret:
+            self.lose(before, "its process has ended", now)
         worker = self.by_secret.get(m.secret)
         is_resumed = worker is not None and worker.principal == principal
         if worker is None or not is_resumed:

@@ -7,12 +7,11 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from penstock.broker.address import Address
-from penstock.broker.keys import find_key
+from penstock.broker.ways import find_ways
 from penstock.client.aio_line import AsyncLine
 from penstock.client.aio_task import AsyncStream, AsyncTask
 from penstock.client.bundler import Window
@@ -182,20 +181,19 @@ class AsyncClient(AsyncVerbs):
 
     def __init__(
         self,
-        address: str | None = None,
+        address: str | Sequence[str] | None = None,
         *,
         name: str | None = None,
         timeout: float | None = UNCHANGED,
         connect_timeout: float | None = None,
-        key: str | Path | None = None,
+        key: str | Path | Sequence[str | Path] | None = None,
         config: ClientConfig | None = None,
     ) -> None:
-        path = None if key is None else Path(key)
-        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout, key=path)
-        found = Address.find(address)
+        keys = [key] if isinstance(key, Path) else key
+        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout, key=keys)
+        ways = find_ways(address, config.key, config.url)
         session = Session(config, config.shown_name, os.urandom)
-        own_key = find_key(config.key, found)
-        line = AsyncLine(session, found.front, found.url, config.connect_timeout, config.linger_s, own_key)
+        line = AsyncLine(session, ways, config.connect_timeout, config.linger_s)
         super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
 
     async def close(self) -> None:

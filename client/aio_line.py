@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from penstock.broker.keys import OwnKey
+from penstock.broker.ways import Ways
 from penstock.broker.wire import Message
 from penstock.client.link import Link
 from penstock.client.news import safely
@@ -22,14 +22,12 @@ from penstock.client.session import Session
 class AsyncLine:
     """One connection to a broker for one event loop: that of its first use."""
 
-    def __init__(
-        self, session: Session, endpoint: str, where: str, connect_timeout: float, linger_s: float, key: OwnKey | None = None
-    ) -> None:
+    def __init__(self, session: Session, ways: Ways, connect_timeout: float, linger_s: float) -> None:
         self.session = session
-        self._where = where
+        self.where = str(ways)
         self._connect_timeout = connect_timeout
         self._linger_s = linger_s
-        self._link = Link(session, endpoint, key)
+        self._link = Link(session, ways)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
         self._fd, self._watched_socket = -1, -1
@@ -64,7 +62,7 @@ class AsyncLine:
         self._link.look()
         self.check_usable()
         if not is_up:
-            raise session.unreachable(self._where)
+            raise session.unreachable(self.where)
 
     async def wait(self, is_done: Callable[[], bool], timeout: float | None) -> bool:
         """Until `is_done()`; False if `timeout` (seconds) was over first."""

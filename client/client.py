@@ -6,12 +6,11 @@ Knows when a verb waits. What it puts on the line is `verbs.py`'s business, conv
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from penstock.broker.address import Address
-from penstock.broker.keys import find_key
+from penstock.broker.ways import find_ways
 from penstock.client import completed
 from penstock.client.bundler import Window
 from penstock.client.catalog import Catalog, Search
@@ -215,15 +214,16 @@ class Client(Verbs):
     """A connection to a broker, for any number of threads.
 
     Args:
-        address: the broker's URL; else PENSTOCK_URL, the connection file, or the default ipc folder.
+        address: the broker's URL; else PENSTOCK_URL, `url` of [client] in penstock.toml, the connection file, or the default
+            ipc folder. Several, as a list or with commas, are tried in their order; one is used at a time (docs/faults.md).
         name: shown by the broker; the program's name by default.
         timeout: time limit of tasks in seconds (60 by default), None: none. `options(timeout=...)` overrides it.
         connect_timeout: seconds to wait for a broker at first use (5 by default).
-        key: a key file, for a broker on tcp that wants one; else the one that PENSTOCK_KEY names.
+        key: a key file, for a broker on tcp that wants one, or one for each address; else what PENSTOCK_KEY names.
         config: all settings at once, instead of the arguments above and other sources.
 
     Raises:
-        KeyProblem: the key file cannot be used.
+        AddressError, KeyProblem: an address or a key file cannot be used.
 
     Nothing is connected before the first use. Close it, or use it as a context manager: closing ends its open tasks.
     A client does not survive `fork`: make a new one in the child.
@@ -231,21 +231,25 @@ class Client(Verbs):
 
     def __init__(
         self,
-        address: str | None = None,
+        address: str | Sequence[str] | None = None,
         *,
         name: str | None = None,
         timeout: float | None = UNCHANGED,
         connect_timeout: float | None = None,
-        key: str | Path | None = None,
+        key: str | Path | Sequence[str | Path] | None = None,
         config: ClientConfig | None = None,
     ) -> None:
-        path = None if key is None else Path(key)
-        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout, key=path)
-        found = Address.find(address)
+        keys = [key] if isinstance(key, Path) else key
+        config = configure(config, name=name, timeout=timeout, connect_timeout=connect_timeout, key=keys)
+        ways = find_ways(address, config.key, config.url)
         session = Session(config, config.shown_name, os.urandom)
-        own_key = find_key(config.key, found)
-        line = Line(session, found.front, found.url, config.connect_timeout, config.linger_s, own_key)
+        line = Line(session, ways, config.connect_timeout, config.linger_s)
         super().__init__(line, Catalog(session.memory.place), config, Options(timeout=config.timeout))
+
+    @property
+    def where(self) -> str:
+        """The addresses that it uses, with commas."""
+        return self._line.where
 
     def close(self) -> None:
         """Cancel what is open and disconnect. May be called twice."""

@@ -23,8 +23,11 @@ class ClientConfig:
     """Time limit of a task unless `options(timeout=...)` gives another; None: no limit."""
     connect_timeout: float = 5.0
     """How long the first use waits for a broker."""
-    key: Path | None = None
-    """A file of `penstock keys new` for a broker on tcp that wants keys; None: the one that PENSTOCK_KEY names, if any."""
+    url: tuple[str, ...] = ()
+    """Where the broker is, several addresses in the order of preference. PENSTOCK_URL goes before it."""
+    key: tuple[Path, ...] = ()
+    """A file of `penstock keys new` for a broker on tcp that wants keys, or one for each address; none: what PENSTOCK_KEY
+    names, if anything."""
     max_rows_per_run: int = 128
     """Tasks that `map`, and `submit` on a busy line, put into one message."""
     max_rows_per_array: int = 256

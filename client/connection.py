@@ -44,7 +44,7 @@ class Connection:
     def greet(self, now: float) -> None:
         """Say hello, or attach, next; a random part of the pause keeps clients of one broker apart."""
         self.state, self.must_greet = GREETING, True
-        jitter = self._draw(1)[0] / 255
+        jitter = self._jitter()
         self._retry_at = now + self._retry_s * (1 + jitter)
         self._retry_s *= 1 + 0.25 * jitter
 
@@ -63,7 +63,10 @@ class Connection:
 
     def lose(self, now: float) -> None:
         """The broker is about to be gone: greet the next one, after a moment."""
-        self.state, self._retry_at = GREETING, now + self._retry_s
+        self.state, self._retry_at = GREETING, now + self._retry_s * (1 + self._jitter())
+
+    def _jitter(self) -> float:
+        return self._draw(1)[0] / 255
 
     def end(self) -> None:
         self.state, self.must_greet, self.must_reconnect = ENDED, False, False
@@ -81,11 +84,11 @@ class Connection:
         if self.state == READY:
             due = self._beat_at(is_busy) if can_send else math.inf
             return min(due, self.last_heard + SILENT_HEARTBEATS * self._heartbeat_s) if is_busy else due
-        return self._retry_at if self.state == GREETING and not self.must_greet else math.inf
+        return self._retry_at if self.state == GREETING else math.inf
 
     def tick(self, is_busy: bool, can_send: bool, now: float) -> bool:
         """Notice silence; True if a heartbeat shall be sent now."""
-        if self.state == GREETING and not self.must_greet and now >= self._retry_at:
+        if self.state == GREETING and now >= self._retry_at:
             self._retry_s = min(MAX_RETRY_S, self._retry_s * 2)
             self.must_reconnect = True
         if self.state != READY:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from penstock.broker.keys import OwnKey
+from penstock.broker.ways import Ways
 from penstock.broker.wire import Message
 from penstock.client.news import safely
 from penstock.client.questions import Request
@@ -26,11 +26,9 @@ _lines: "weakref.WeakSet[Line]" = weakref.WeakSet()
 class Line(SharedLink):
     """See the module. These methods take the lock themselves."""
 
-    def __init__(
-        self, session: Session, endpoint: str, where: str, connect_timeout: float, linger_s: float, key: OwnKey | None = None
-    ) -> None:
-        super().__init__(session, endpoint, key)
-        self._where = where
+    def __init__(self, session: Session, ways: Ways, connect_timeout: float, linger_s: float) -> None:
+        super().__init__(session, ways)
+        self.where = str(ways)
         self._connect_timeout = connect_timeout
         self._linger_s = linger_s
         self.is_forked = False
@@ -59,7 +57,7 @@ class Line(SharedLink):
             self.link.look()
         self.check_usable()
         if not is_up:
-            raise session.unreachable(self._where)
+            raise session.unreachable(self.where)
 
     def send(self, run: Run) -> None:
         """Put a run on the line, waiting while too much waits already."""

@@ -1,4 +1,4 @@
-"""A session on a DEALER socket: sends what can be sent, receives what is there, connects again when told to.
+"""A session on a DEALER socket: sends what can be sent, receives what is there, connects again when told to, perhaps elsewhere.
 
 Knows ZeroMQ's edge-triggered file descriptor: it only says that something may have changed, and any call on the socket
 may swallow that edge. So `turn` goes on until EVENTS shows nothing more to do, and must be called after every change
@@ -15,7 +15,9 @@ from zmq.utils.monitor import parse_monitor_message
 
 from penstock.broker.columns import FRAMED_ROW_BYTES, Buffer
 from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
-from penstock.broker.keys import OwnKey
+from penstock.broker.detectors import detect, reconnect
+from penstock.broker.ways import Ways
+from penstock.client.connection import READY
 from penstock.client.session import Session
 
 # Plain ints: pyzmq's enum flags cost more than the calls that they go into.
@@ -30,13 +32,8 @@ _send_frame: Final[Any] = BareSocket.send
 _OPTIONS: Final = {
     zmq.LINGER: 0,
     zmq.IMMEDIATE: 1,
-    zmq.RECONNECT_IVL: 100,
-    zmq.RECONNECT_IVL_MAX: 5000,
     zmq.SNDHWM: 1000,
     zmq.RCVHWM: 10_000,
-    zmq.HEARTBEAT_IVL: 5000,
-    zmq.HEARTBEAT_TIMEOUT: 15_000,
-    zmq.HEARTBEAT_TTL: 30_000,
 }
 """LINGER is set when the client closes; what a lost connection still held is sent again by the session."""
 
@@ -44,10 +41,9 @@ _OPTIONS: Final = {
 class Link:
     """One session's socket. Not thread-safe: its driver sees to that."""
 
-    def __init__(self, session: Session, endpoint: str, key: OwnKey | None = None) -> None:
+    def __init__(self, session: Session, ways: Ways) -> None:
         self._session = session
-        self._endpoint = endpoint
-        self._key = key
+        self._ways = ways
         self._events: zmq.Socket[bytes] | None = None
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
@@ -65,11 +61,14 @@ class Link:
             socket = self._context.socket(zmq.DEALER)
             for option, value in _OPTIONS.items():
                 socket.setsockopt(option, value)
-            socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
-            show_key(socket, self._key)
-            if self._endpoint.startswith("tcp:"):
+            detect(socket)
+            reconnect(socket)
+            way = self._ways.now
+            socket.setsockopt(zmq.IPV6, int("[" in way.address.front))
+            show_key(socket, way.key)
+            if not way.address.is_ipc:
                 self._events = socket.get_monitor_socket(FAILED_EVENTS)
-            socket.connect(self._endpoint)
+            socket.connect(way.address.front)
             self._socket = socket
             self.num_sockets += 1
         return self._socket
@@ -102,7 +101,8 @@ class Link:
         """Hear why there is no connection, if that is so: the broker refuses the key, or speaks another mechanism."""
         while self._events is not None and int(self._events.getsockopt(_EVENTS)) & _POLLIN:
             event = int(parse_monitor_message(self._events.recv_multipart(_NOBLOCK))["event"])
-            self._session.kept_out(reason(event, self._key), is_refusal(event))
+            why = self._ways.about(reason(event, self._ways.now.key))
+            self._session.kept_out(why, is_refusal(event) and self._ways.refuse())
 
     def _drop(self, linger_ms: int) -> None:
         if self._events is not None and self._socket is not None:
@@ -113,7 +113,12 @@ class Link:
         self._socket = self._events = None
 
     def _reconnect(self, now: float) -> None:
+        """A new socket: by the preferred way if the broker has fallen silent, by the next one if none has answered here."""
         self._drop(0)
+        if self._session.connection.state == READY:
+            self._ways.begin()
+        else:
+            self._ways.move_on()
         self._open()
         self._session.reconnected(now)
 

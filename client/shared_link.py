@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from penstock.broker.keys import OwnKey
+from penstock.broker.ways import Ways
 from penstock.client.bell import Bell
 from penstock.client.link import Link
 from penstock.client.news import safely
@@ -51,11 +51,11 @@ class SharedLink:
     `driver` is what the thread that polls is waiting for; the pump waits for nothing.
     """
 
-    def __init__(self, session: Session, endpoint: str, key: OwnKey | None = None) -> None:
+    def __init__(self, session: Session, ways: Ways) -> None:
         self.session = session
         self.lock = threading.Lock()
         self.is_closed = False
-        self.link = Link(session, endpoint, key)
+        self.link = Link(session, ways)
         self.driver: IsDone | None = None
         self.sleepers: list[Sleeper] = []
         self.look_up = math.inf

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from penstock.broker import logs
-from penstock.broker.address import Address, AddressError
-from penstock.broker.keys import KeyProblem, OwnKey, find_key
+from penstock.broker.address import AddressError
+from penstock.broker.keys import KeyProblem
 from penstock.broker.settings import SettingsError, load
-from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, StartError, WorkerConfig
+from penstock.broker.ways import Ways, find_ways
+from penstock.worker.config import DEVICE_FAULT_STATUS, LOG_LEVELS, SCRUBS, SESSIONS_VARIABLE, StartError, WorkerConfig
 
 USAGE_STATUS = 2
 PR_SET_PDEATHSIG = 1
@@ -52,8 +53,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--broker", metavar="URL", help="ipc:///folder or tcp://host:port (default: PENSTOCK_URL, or the local broker)")
-    add("--key", type=Path, metavar="FILE", help="of `penstock keys new`, for a broker on tcp (default: PENSTOCK_KEY)")
+    add("--broker", metavar="URL",
+        help="ipc:///folder or tcp://host:port; several, with commas, are tried in their order (default: PENSTOCK_URL, or the "
+        "local broker)")  # fmt: skip
+    add("--key", metavar="FILE",
+        help="of `penstock keys new`, for a broker on tcp, or one for each URL (default: PENSTOCK_KEY)")  # fmt: skip
     add("--device", help="auto, cpu, mps, cuda or cuda:INDEX (default: auto, the first of cuda:0, mps, cpu)")
     add("--name", help="the name in status and logs (default: made from device and process id)")
     add("--kernels", action="append", metavar="MODULE", help="a module, or a .py file, with kernels; repeatable")
@@ -100,26 +104,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page, fault = given.pop("page"), given.pop("after_fault")
     try:
         config = load(WorkerConfig, "worker", file=file, overrides=given)
-        address = Address.find(config.broker)
-        key = find_key(config.key, address)
+        ways = find_ways(config.broker, config.key)
     except (SettingsError, AddressError, KeyProblem) as e:
         print(f"penstock worker: {e}", file=sys.stderr)
         return USAGE_STATUS
     logs.configure(config.log_level, "%(asctime)s %(levelname).1s %(message)s")
     if is_unsupervised:
-        return serve(config, address, key, page, fault)
+        return serve(config, ways, page, fault)
     from penstock.worker.supervisor import Supervisor
 
     return Supervisor(config, arguments).run()
 
 
-def serve(
-    config: WorkerConfig, address: Address, key: OwnKey | None = None, page: int | None = None, fault: str = ""
-) -> int:
+def serve(config: WorkerConfig, ways: Ways, page: int | None = None, fault: str = "") -> int:
     """Run a worker in this process until it ends; errors of the start are one line.
 
     Args:
-        key: what to show at the address, if it wants one.
         page: the descriptor of the supervisor's page, if there is a supervisor.
         fault: why the worker before this one has ended, if that was a failure.
     """
@@ -129,7 +129,9 @@ def serve(
     if page is not None and config.parent is not None:
         end_with(config.parent)
     memory = None if page is None else Page(page).memory
-    worker = Worker(config, address, Watch(memory, config.hang_limit_s, config.first_run_limit_s), fault, key)
+    secret, _, ended = os.environ.pop(SESSIONS_VARIABLE, "").partition(",")
+    watch = Watch(memory, config.hang_limit_s, config.first_run_limit_s)
+    worker = Worker(config, ways, watch, fault, bytes.fromhex(secret), bytes.fromhex(ended))
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, worker.on_signal)
     try:

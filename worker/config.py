@@ -40,6 +40,9 @@ class DeviceFault(Exception):
     """The device is broken for good (an illegal access, an assert, ECC, wrong answers): this process must end."""
 
 
+SESSIONS_VARIABLE = "PENSTOCK_WORKER_SESSIONS_HEX"
+"""In a worker's environment, from its supervisor: the secret of its session, and that of the process before, which is gone."""
+
 Option = bool | int | float | str | None | list["Option"]
 
 
@@ -53,7 +56,8 @@ class WorkerConfig:
     """The settings of one worker process.
 
     Args:
-        broker: the broker's URL; None = PENSTOCK_URL, the connection file, the default ipc folder.
+        broker: the broker's URLs, in the order of preference; none = PENSTOCK_URL, the connection file, the default ipc folder.
+        key: a key file for a broker on tcp, or one for each URL; none = what PENSTOCK_KEY names.
         device: auto, cpu, mps, cuda or cuda:<index>; auto is the first of cuda:0, mps, cpu that exists.
         name: shown in status and logs, 1 to 64 characters; None = made from the device and the process id.
         kernels: modules or .py files with kernels, beside the built-in ones.
@@ -77,14 +81,14 @@ class WorkerConfig:
         memory_high: share of the memory in use from which caches are given back; it ends a twentieth below.
     """
 
-    broker: str | None = None
+    broker: tuple[str, ...] = ()
     device: str = "auto"
     name: str | None = None
     kernels: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     precision: tuple[str, ...] = ()
     state_dir: Path | None = None
-    key: Path | None = None
+    key: tuple[Path, ...] = ()
     threads: int | None = None
     max_bytes: int = 256 * 1024 * 1024
     slots: int | None = None

@@ -14,6 +14,7 @@ import zmq
 
 from penstock.broker.keys import OwnKey
 from penstock.broker.protocol import TO_WORKER, Code, Fault, Heartbeat, WorkerHeartbeat
+from penstock.broker.ways import Way
 from penstock.broker.wire import ProtocolError, decode, encode
 from penstock.worker.transport import POLLIN, Socket, Wake, can_receive, dealer, receive, send
 
@@ -68,6 +69,10 @@ class Heart(threading.Thread):
         self._num_sessions += 1
         self.is_lost = False
         self._own_wake.set()
+
+    def move(self, way: Way) -> None:
+        """The next session is with a broker there."""
+        self._endpoint, self._key = way.address.back, way.key
 
     def pause(self) -> None:
         """There is no session: no beats until the next `begin`."""

@@ -146,9 +146,10 @@ class Link:
         name: as in status; device: what `--device` said.
         max_bytes: see `WorkerConfig`.
         secret: 16 bytes that prove the session; drawn here if not given.
+        ended: those of the session of the process before this one, which is gone, if there was one.
     """
 
-    def __init__(self, name: str, device: str, max_bytes: int, secret: bytes | None = None) -> None:
+    def __init__(self, name: str, device: str, max_bytes: int, secret: bytes = b"", ended: bytes = b"") -> None:
         self.state = AWAY
         self.secret = secret or os.urandom(16)
         self.epoch = 0
@@ -158,6 +159,7 @@ class Link:
         self.checkpoints: CheckpointLimits | None = None
         self._name = name
         self._device = device
+        self._ended = ended
 
     def _move(self, event: str) -> None:
         if event not in MOVES[self.state]:
@@ -166,7 +168,7 @@ class Link:
 
     def hello(self) -> WorkerHello:
         self._move("hello")
-        return WorkerHello(name=self._name, secret=self.secret, pid=os.getpid(), device=self._device)
+        return WorkerHello(name=self._name, secret=self.secret, pid=os.getpid(), device=self._device, ended=self._ended)
 
     def on_welcome(self, welcome: Welcome) -> bool:
         """True if what is held goes on; False if it must be forgotten, because this broker does not know of it."""

@@ -6,6 +6,7 @@ Knows when to receive, run, send, wait and end; what messages mean is `link.py`'
 
 import gc
 import logging
+import random
 import select
 import threading
 import time
@@ -17,12 +18,12 @@ from typing import TYPE_CHECKING
 import zmq
 
 from penstock.broker import protocol
-from penstock.broker.address import Address
 from penstock.broker.columns import Buffer
-from penstock.broker.keys import OwnKey
+from penstock.broker.detectors import RECONNECT_MS
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
 from penstock.broker.segments import Segment
+from penstock.broker.ways import Ways
 from penstock.broker.wire import Message, ProtocolError, decode, encode
 from penstock.worker.config import DEVICE_FAULT_STATUS, REFUSED_STATUS, DeviceFault, StartError, WorkerConfig
 from penstock.worker.heartbeat import Heart
@@ -31,7 +32,6 @@ from penstock.worker.pressure import Pressure
 from penstock.worker.transport import (
     POLLIN,
     POLLOUT,
-    RECONNECT_MS,
     Monitor,
     Socket,
     Wake,
@@ -47,14 +47,16 @@ if TYPE_CHECKING:
     from penstock.worker.work import Outgoing, Work
 
 log = logging.getLogger("penstock.worker")
-HELLO_AGAIN_S = 2.0
+FIRST_SEEK_S = 1.0
+MAX_SEEK_S = 4.0
+"""A broker that does not answer has so long, at first and at most, and up to twice that by chance; then comes the next."""
 FIRST_WELCOME_S = 1.0
 DRAIN_LIMIT_S = 2.0
 MAX_MESSAGES_PER_TURN = 64
 MAX_REASON = 1000
 MAX_OUTBOX = 256
 """Streams pause while so many messages wait for the broker; answers to batches are bounded by the credit."""
-LOOK_S = RECONNECT_MS / 2e3
+LOOK_S = RECONNECT_MS / 4e3
 SPIN_S = 30e-6
 NAP_S = 20e-6
 MAX_WATCH_S = 0.05
@@ -77,38 +79,35 @@ class Worker:
     """One worker process, from the first hello to goodbye.
 
     Args:
-        config: the settings; address: where the broker is.
+        config: the settings; ways: where the broker is.
         watch: is told what this process does.
         fault: why the worker before this one has ended, if that was a failure: this one begins slowly, and tells the broker.
-        key: what to show the broker, if it wants one.
+        secret, ended: of this process's session and of the one before, see `Link`.
     """
 
     def __init__(
-        self, config: WorkerConfig, address: Address, watch: Watch, fault: str = "", key: OwnKey | None = None
+        self, config: WorkerConfig, ways: Ways, watch: Watch, fault: str = "", secret: bytes = b"", ended: bytes = b""
     ) -> None:
         self._config = config
-        self._address = address
+        self._ways = ways
         self._watch = watch
         self._fault = fault
         self._pressure = Pressure(config.memory_high)
         self._device_fault: str | None = None
-        self._link = Link(config.session_name, config.device, config.max_bytes)
+        self._link = Link(config.session_name, config.device, config.max_bytes, secret, ended)
         self._memory = PeerMemory(config.shared_bytes, is_writable=config.device not in ("cpu", "mps"))
         self._context: zmq.Context[Socket] = zmq.Context()
-        self._socket = dealer(self._context, address.back, key)
-        self._monitor = Monitor(self._socket, key)
         self._wake = Wake()
         self._heart = Heart(
-            self._context, address.back, self._link.secret, self._wake, self._facts, config.parent, self._on_orphaned,
-            key,
+            self._context, ways.now.address.back, self._link.secret, self._wake, self._facts, config.parent,
+            self._on_orphaned, ways.now.key,
         )  # fmt: skip
-        self._fd = int(self._socket.getsockopt(zmq.FD))
         self._poller = select.poll()
-        for fd in (self._fd, self._wake.fd, self._monitor.fd):
-            self._poller.register(fd, select.POLLIN)
+        self._poller.register(self._wake.fd, select.POLLIN)
+        self._seek_s = FIRST_SEEK_S
+        self._connect()
         self._work: Work | None = None
         self._outbox: deque[Outgoing] = deque()
-        self._greeted_at = 0.0
         self._looked_at = 0.0
         self._is_away_logged = False
         self._num_signals = 0
@@ -142,7 +141,7 @@ class Worker:
             engine = self._work.engine
             log.info(
                 "worker %s ready on %s: %d kernels, broker %s",
-                self._config.session_name, engine.device, len(engine.specs), self._address.url,
+                self._config.session_name, engine.device, len(engine.specs), self._url,
             )  # fmt: skip
             reason = self._serve(self._work)
         except Refused:
@@ -194,6 +193,8 @@ class Worker:
             self._receive()
             if self._link.state == WELCOME:
                 self._get_ready(work)
+            elif self._is_seeking and time.monotonic() >= self._seek_at:
+                self._seek()
             is_busy = work.run_batch()
             if work.has_streams and len(self._outbox) < MAX_OUTBOX:
                 work.step_streams(may_save=not self._outbox)
@@ -259,6 +260,7 @@ class Worker:
         if self._heart.is_lost:
             self._heart.is_lost = False
             self._lose("it does not answer heartbeats")
+            self._begin_again()
         if self._pressure.has_news and self._work is not None:
             self._link.credit.is_pressed = self._pressure.is_high
             self._work.relieve(self._pressure)
@@ -271,8 +273,6 @@ class Worker:
             log.info("worker %s drains: %d leases to finish", self._config.session_name, len(self._link.held))
             if self._link.state == ATTACHED:
                 self._send(encode(protocol.Drain()))
-        if self._link.state == GREETED and time.monotonic() - self._greeted_at > HELLO_AGAIN_S:
-            self._link.lost()
 
     def _can_end(self, work: "Work") -> bool:
         """Nothing is held, and nothing will be: the broker said so, had its time to, or is not there."""
@@ -287,13 +287,50 @@ class Worker:
     def _next_deadline(self) -> float:
         """Seconds until something is due without any message."""
         dues = [self._canary_at, time.monotonic() + self._watch.rest_s]
-        if self._link.state == GREETED:
-            dues.append(self._greeted_at + HELLO_AGAIN_S)
+        if self._is_seeking:
+            dues.append(self._seek_at)
         if self._drain_asked_at is not None:
             dues.append(self._drain_asked_at + DRAIN_LIMIT_S)
         return max(min(dues) - time.monotonic(), 0.0) + 0.001
 
     # --- the socket -----------------------------------------------------------------------------------------------
+
+    @property
+    def _url(self) -> str:
+        return self._ways.now.address.url
+
+    @property
+    def _is_seeking(self) -> bool:
+        return self._link.state in (AWAY, GREETED)
+
+    def _connect(self) -> None:
+        """A socket by the way that is in use now."""
+        way = self._ways.now
+        self._socket = dealer(self._context, way.address.back, way.key)
+        self._monitor = Monitor(self._socket, way.key)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        for fd in (self._fd, self._monitor.fd):
+            self._poller.register(fd, select.POLLIN)
+        self._heart.move(way)
+        self._seek_at = time.monotonic() + self._seek_s * (1.0 + random.random())
+
+    def _reconnect(self) -> None:
+        for fd in (self._fd, self._monitor.fd):
+            self._poller.unregister(fd)
+        self._monitor.close()
+        self._socket.close()
+        self._connect()
+
+    def _begin_again(self) -> None:
+        self._ways.begin()
+        self._reconnect()
+
+    def _seek(self) -> None:
+        """No broker answers here: by the next way, or anew by the only one."""
+        self._link.lost()
+        self._seek_s = min(2.0 * self._seek_s, MAX_SEEK_S)
+        self._ways.move_on()
+        self._reconnect()
 
     def _poll(self, timeout_s: float | None) -> None:
         """Wait for a message, a wake-up, a change of the connection, or room to send what waits."""
@@ -336,10 +373,13 @@ class Worker:
     def _look(self) -> None:
         """Has the connection broken? A new one may stand already, to a broker that does not know its address."""
         self._looked_at = time.monotonic()
-        if self._monitor.has_disconnected():
+        was_there, has_broken = not self._is_seeking, self._monitor.has_disconnected()
+        if self._monitor.refusal and self._ways.refuse():
+            raise NotAllowed(f"{self._url}: {self._monitor.refusal}")
+        if has_broken:
             self._lose(self._monitor.problem or "the connection is closed")
-        if self._monitor.refusal:
-            raise NotAllowed(f"{self._address.url}: {self._monitor.refusal}")
+            if was_there and len(self._ways) > 1:
+                self._begin_again()
 
     def _receive(self) -> None:
         """Take what has come."""
@@ -384,16 +424,16 @@ class Worker:
 
     def _hello(self) -> None:
         message = encode(self._link.hello())
-        self._greeted_at = time.monotonic()
         if not send(self._socket, message):
             self._link.lost()
 
     def _lose(self, why: str) -> None:
         self._link.lost()
         self._heart.pause()
+        self._seek_at = time.monotonic() + self._seek_s * (1.0 + random.random())
         if not self._is_away_logged:
             self._is_away_logged = True
-            log.warning("the broker %s is away (%s): trying again", self._address.url, why)
+            log.warning("the broker %s is away (%s): trying again", self._url, why)
 
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Assign):
@@ -425,8 +465,8 @@ class Worker:
         self._heart.begin(welcome.heartbeat_ms)
         if self._is_away_logged:
             how = "with the same session" if welcome.is_resumed else "with a new session"
-            log.info("the broker is back %s, epoch %d", how, welcome.epoch)
-        self._is_away_logged, self._was_welcome = False, True
+            log.info("the broker is back %s, epoch %d, at %s", how, welcome.epoch, self._url)
+        self._is_away_logged, self._was_welcome, self._seek_s = False, True, FIRST_SEEK_S
 
     def _unpin(self, segments: list[Segment]) -> None:
         if self._work is not None:

@@ -17,7 +17,7 @@ from typing import Final
 
 from penstock.broker.notify import Notifier
 from penstock.worker.backoff import Backoff
-from penstock.worker.config import DEVICE_FAULT_STATUS, GAVE_UP_STATUS, REFUSED_STATUS, WorkerConfig
+from penstock.worker.config import DEVICE_FAULT_STATUS, GAVE_UP_STATUS, REFUSED_STATUS, SESSIONS_VARIABLE, WorkerConfig
 from penstock.worker.watch import ENDING, IN_KERNEL, Activity, Page
 from penstock.worker.watchdog import Watchdog, what
 
@@ -46,6 +46,7 @@ class Supervisor:
         self._look_s = min(LOOK_S, config.hang_limit_s / 4)
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog = Watchdog(self._is_stopped)
+        self._secret = b""
         self._started_at = 0.0
         self._restart_at = 0.0
         self._was_ready = False
@@ -155,8 +156,10 @@ class Supervisor:
         self._hang = None
         self._started_at = time.monotonic()
         self._page.begin(config.first_run_limit_s)
+        ended, self._secret = self._secret, os.urandom(16)
         self._process = subprocess.Popen(
             [*self._command, *(["--after-fault", self._fault] if self._fault else [])],
+            env=os.environ | {SESSIONS_VARIABLE: f"{self._secret.hex()},{ended.hex()}"},
             stdin=subprocess.DEVNULL, pass_fds=(self._page.fd,), process_group=0,
         )  # fmt: skip
 

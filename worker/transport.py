@@ -12,10 +12,9 @@ from zmq.utils.monitor import parse_monitor_message
 
 from penstock.broker.columns import Buffer
 from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
+from penstock.broker.detectors import detect, reconnect
 from penstock.broker.keys import OwnKey
 
-RECONNECT_MS = 100
-MAX_RECONNECT_MS = 5000
 LINGER_MS = 1000
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 _NOBLOCK, _SNDMORE, _EVENTS = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.EVENTS)
@@ -28,13 +27,8 @@ def dealer(context: zmq.Context[Socket], endpoint: str, key: OwnKey | None = Non
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS)
-    if endpoint.startswith("tcp:"):
-        # A connection that is half open, idle or not, ends too; the application's heartbeats do not see its socket.
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
-        socket.setsockopt(zmq.TCP_MAXRT, 15000)
+    detect(socket)
+    reconnect(socket)
     socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     show_key(socket, key)
     socket.connect(endpoint)

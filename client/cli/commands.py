@@ -26,7 +26,8 @@ first steps:
   penstock call softmax x=[1,2,3]               one task, from another terminal
   penstock status                               who works on what
 
-Addresses: --url, else PENSTOCK_URL, else the connection file of a running broker, else the default ipc folder.
+Addresses: --url, else PENSTOCK_URL, else [client] of penstock.toml, else the connection file of a running broker, else the
+default ipc folder.
 """
 
 app = typer.Typer(

@@ -21,7 +21,10 @@ from typing import Any, Final
 import psutil
 
 from penstock.broker.address import MAX_IPC_PATH, Address, AddressError, connection_file
+from penstock.broker.settings import SettingsError
+from penstock.broker.ways import find_addresses
 from penstock.client.cli.figures import size
+from penstock.client.config import configure
 
 OK, NOTE, WRONG = "ok", "note", "WRONG"
 BASE: Final = ("pyzmq", "msgpack", "numpy", "psutil", "rich", "sortedcontainers", "typer")
@@ -49,12 +52,13 @@ def examine(url: str | None, ask: Callable[[Address], Mapping[str, Any] | None])
     yield from check_devices()
     yield from check_limits()
     try:
-        address = Address.find(url)
-    except AddressError as e:
+        addresses = find_addresses(url, configure(None).url)
+    except (AddressError, SettingsError) as e:
         yield Finding(WRONG, "address", str(e), "correct --url or PENSTOCK_URL, or remove the file named")
         return
-    yield from check_address(address, url)
-    yield from check_broker(address, ask(address))
+    for address in addresses:
+        yield from check_address(address, url)
+        yield from check_broker(address, ask(address))
 
 
 def _version(distribution: str) -> str | None:

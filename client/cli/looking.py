@@ -33,22 +33,21 @@ def status(
     url: Url = None,
 ) -> int:
     """Show workers, queues and tasks."""
-    where = Address.find(url)
-    with Client(where.url, name="penstock status", connect_timeout=QUICK_CONNECT_S) as client:
+    with Client(url, name="penstock status", connect_timeout=QUICK_CONNECT_S) as client:
         body = client.status()
         if as_json:
             print(json.dumps(body, default=encode), flush=True)
         elif not watch:
-            console().print(status_view.render(body, where.url))
+            console().print(status_view.render(body, client.where))
         if watch and as_json:
             while True:
                 time.sleep(WATCH_S)
                 print(json.dumps(client.status(), default=encode), flush=True)
         elif watch:
-            with Live(status_view.render(body, where.url), console=console(), auto_refresh=False) as live:
+            with Live(status_view.render(body, client.where), console=console(), auto_refresh=False) as live:
                 while True:
                     time.sleep(WATCH_S)
-                    live.update(status_view.render(client.status(), where.url), refresh=True)
+                    live.update(status_view.render(client.status(), client.where), refresh=True)
     return status_view.exit_status(body)
 
 

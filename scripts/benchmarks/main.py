@@ -24,6 +24,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "durable": ("durable", {"pairs": "num_pairs", "seconds": "seconds", "tasks": "max_tasks"}),
     "kernels": ("kernel_bench", {"device": "device", "ops": "ops", "quick": "is_quick", "pairs": "num_rounds"}),
     "shared": ("shared", {"pairs": "num_pairs"}),
+    "detection": ("detection", {}),
     "peers": ("peers", {"seconds": "seconds"}),
 }
 """What there is: its module, and which options its `measure` takes under which names."""
@@ -53,6 +54,7 @@ def main() -> int:
         "policy: what a decision costs. prediction: measured times of the built-in kernels. "
         "durable: tasks on disk against tasks in memory, and restarts with many queued. "
         "kernels: each kernel's correctness, then its time against the device's floor and against other implementations. "
+        "detection: how soon a dead or hung worker, client or broker is noticed. "
         "shared: large arrays through shared memory against the socket. "
         "peers: other systems that pip can install, same task (installs them into .venv-peers).",
     )

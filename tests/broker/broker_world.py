@@ -111,6 +111,7 @@ class World:
         self.memory = memory
         self.peers: dict[tuple[str, bytes], Peer] = {}
         self.numbers = itertools.count(1)
+        config.setdefault("client_liveness_s", 1e6)  # clients here send no heartbeats
         self._scheduling, self._predictor, self._config = scheduling, predictor, BrokerConfig(**config)
         self._start(7, store)
 

@@ -178,6 +178,37 @@ def test_any_message_keeps_a_session() -> None:
     assert len(w.core.clients) == 1
 
 
+def test_a_silent_client_is_away_until_it_attaches_again() -> None:
+    """Nothing is sent to somebody who may not be there, and nothing is lost to somebody who is."""
+    w = World(client_liveness_s=5.0, session_ttl_s=60.0)
+    client, worker = w.client(), w.worker()
+    run = client.submit()
+    for _ in range(6):
+        w.advance(1.0)
+        worker.heartbeat()
+    assert w.core.report(w.now)["num_clients_away"] == w.counters["silent_clients"] == len(w.core.clients) == 1
+    worker.finish()
+    assert client.results(run) == [None]
+    client.send(p.Heartbeat())
+    assert client.take(p.Fault)[-1].error.code == "unattached"
+    client.attach()
+    assert client.row(run).num_finals == 1
+    assert w.core.report(w.now)["num_clients_away"] == 0
+
+
+def test_a_client_that_beats_is_not_away() -> None:
+    w = World(client_liveness_s=5.0)
+    client = w.client()
+    for _ in range(12):
+        w.advance(4.0)
+        client.send(p.Heartbeat())
+    w.now += 300.0  # the broker stood still
+    w.turn()
+    client.send(p.Heartbeat())
+    assert w.counters["silent_clients"] == 0
+    assert not client.take(p.Fault)
+
+
 def test_goodbye_ends_the_session_and_its_tasks() -> None:
     w = World()
     client, worker = w.client(), w.worker(spec(max_batch_size=1))

@@ -325,6 +325,29 @@ def test_two_sessions_from_one_address() -> None:
     assert route in w.core.workers.by_route
 
 
+def test_a_worker_whose_predecessor_has_ended_says_so() -> None:
+    """Where the kernel does not tell the broker of a process's end: what it held is suspect at once, and its name free."""
+    w = World(liveness_s=5.0)
+    client, old, other = w.client(), w.worker(name="a"), w.worker(name="b")
+    run = client.submit(2)
+    assert old.leases
+    old.vanish()
+    other.send(p.WorkerHello(name="b", secret=other.secret, pid=0, device="cpu", ended=old.secret))
+    assert w.counters["workers_lost"] == 1
+    w.worker(name="a").finish_all()
+    assert [worker.name for worker in w.core.workers.by_secret.values()] == ["b", "a"]
+    assert [client.row(run, row).num_finals for row in range(2)] == [1, 1]
+
+
+def test_nobody_ends_the_session_of_another() -> None:
+    w = World()
+    old, other = w.worker(name="a"), w.worker(name="b", principal="worker:b")
+    other.send(p.WorkerHello(name="b", secret=other.secret, pid=0, device="cpu", ended=old.secret))
+    other.send(p.WorkerHello(name="b", secret=other.secret, pid=0, device="cpu", ended=other.secret))
+    assert len(w.core.workers.by_secret) == 2
+    assert w.counters["workers_lost"] == 0
+
+
 def test_status_of_a_task_on_its_way() -> None:
     w = World()
     client: FakeClient = w.client()
