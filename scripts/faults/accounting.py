@@ -66,8 +66,12 @@ class Log:
         self._write(BEGUN, client=client, pid=os.getpid())
 
     def unsettled(self) -> list[str]:
-        """The keys that this client submitted, in this life or earlier, and saw no end of: to be submitted again, or fetched."""
+        """The keys that were submitted, in this life or earlier, and have no outcome yet: to submit again, or to fetch."""
         return [key for key, of_key in self._history.items() if of_key.submissions and not of_key.is_settled]
+
+    def knows(self, key: str) -> bool:
+        """Whether this client has ever submitted it."""
+        return key in self._history
 
     def num_bytes(self, key: str) -> int:
         """How large the content of a key was."""
