@@ -1,7 +1,7 @@
 """A worker's side of the protocol: session, leases held, credit, drain.
 
 Knows what to say when and what an answer means; does not know sockets, clocks or kernels. Messages come in and go out as
-values; `loop.py` carries them.
+values; `session.py` carries them.
 """
 
 import math
@@ -129,11 +129,13 @@ class Link:
         name: as in status; device: what `--device` said.
         max_bytes: see `WorkerConfig`.
         secret: 16 bytes that prove the session; drawn here if not given.
+        pid: of the process; this one's if not given.
     """
 
-    def __init__(self, name: str, device: str, max_bytes: int, secret: bytes | None = None) -> None:
+    def __init__(self, name: str, device: str, max_bytes: int, secret: bytes | None = None, pid: int | None = None) -> None:
         self.state = AWAY
         self.secret = secret or os.urandom(16)
+        self._pid = os.getpid() if pid is None else pid
         self.epoch = 0
         self.heartbeat_ms = 1000.0
         self.held: dict[int, Held] = {}
@@ -148,7 +150,7 @@ class Link:
 
     def hello(self) -> WorkerHello:
         self._move("hello")
-        return WorkerHello(name=self._name, secret=self.secret, pid=os.getpid(), device=self._device)
+        return WorkerHello(name=self._name, secret=self.secret, pid=self._pid, device=self._device)
 
     def on_welcome(self, welcome: Welcome) -> bool:
         """True if what is held goes on; False if it must be forgotten, because this broker does not know of it."""
