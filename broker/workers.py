@@ -129,8 +129,7 @@ class Workers:
         lost = [lease for token, lease in worker.leases.items() if token not in held]
         for lease in lost:
             self.state.counters["leases_lost_on_the_way"] += 1
-            may_have_run = not lease.queue.spec.is_idempotent  # its answer may be what was lost
-            self._recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=may_have_run)
+            self._recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=False)
         worker.turn_to_next(now)
         worker.assigned_batches, worker.assigned_bytes = worker.batches, 0
         worker.credit_batches, worker.credit_bytes = m.credit
@@ -236,7 +235,9 @@ class Workers:
             is_unshared=worker.sharer is not None and not _is_readable(lease.pieces, worker),
             predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
         )  # fmt: skip
-        self.state.send(BACK, worker.route, assign)
+        # What must not run twice leaves only when it is on disk that it may have run.
+        is_promise = not queue.spec.is_idempotent and any(piece.run.number for piece in lease.pieces)
+        self.state.send(BACK, worker.route, assign, is_promise)
 
     def cancel(self, lease: Lease) -> None:
         """Tell the worker that nobody waits for this lease."""
@@ -359,11 +360,11 @@ class Workers:
         if not pieces:
             return
         num_rows = sum(p.num_rows for p in pieces)
-        if not lease.queue.spec.is_idempotent and is_suspect:
+        if not lease.queue.spec.is_idempotent:  # whoever held it may have begun, however politely it left
             text = f"{reason}; {lease.queue.spec.name!r} is not idempotent, so it was not run again"
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
-        if is_suspect and is_alone and num_rows == 1:
+        if is_suspect and is_alone and lease.num_rows == 1:  # not the last one left of a batch: the others ran as well
             suspect = pieces[0]
             suspect.deaths += 1
             suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))

@@ -148,10 +148,12 @@ class Client:
             self.session.check()
         except AssertionError as e:
             raise Violation("client", str(e) or repr(e)) from e
+        for request, task in [pair for pair in self._asked if pair[0].is_done]:
+            self._asked.remove((request, task))
+            self._on_fetched(request, task)
         changed, self._changed = self._changed, []
         for run in changed:
             self._tell(run)
-        self._take_replies()
 
     def _tell(self, run: Run) -> None:
         seen, rows = self._seen[run], self._rows[run]
@@ -170,17 +172,11 @@ class Client:
         if run.state == CLOSED:
             self.tasks -= {row[0] for row in rows if row is not None}
 
-    def _take_replies(self) -> None:
-        for request, task in [pair for pair in self._asked if pair[0].is_done]:
-            self._asked.remove((request, task))
-            self._on_fetched(request, task)
-
     def _on_fetched(self, request: Request, task: Task) -> None:
         error = request.error
         if error is None and request.run is not None:
             task.is_accepted = True
             self._watch(request.run, [(task, index) for index in range(len(task.rows))])
-            self._look()
         elif error is None or error.code == Code.OVERLOADED:  # another client's still, or no room: later
             self._timeline.after(ASK_AGAIN_S, self._fetch_again, task)
         elif error.code == Code.UNKNOWN_TASK and not task.is_accepted:

@@ -20,7 +20,9 @@ Name = tuple[str, bytes]
 MAX_ATTEMPTS = 2
 HOPELESS = "cannot finish"
 TAKEN_OVER = "has taken this task over"
-NO_TIME = "no time limit leaves"
+TOO_SHORT = "ahead of it"
+_OWN = {Code.CANCELLED, Code.DEADLINE}
+"""Ends that are a submission's own, and not of others with its key."""
 
 
 class Violation(AssertionError):
@@ -36,7 +38,8 @@ class Oracle:
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
-        self.wall_offset = 1e9
+        self.wall_offset = self._min_offset = 1e9
+        self._jumped = 0.0  # forward, at most, between any two times
         self.tasks: dict[Name, Task] = {}
         self._of_row: dict[bytes, Task] = {}
         self._names: dict[bytes, Name] = {}
@@ -104,6 +107,8 @@ class Oracle:
     def clock_jumped(self, by: float) -> None:
         """Time limits of durable tasks go by the wall clock."""
         self.wall_offset += by
+        self._jumped = max(self._jumped, self.wall_offset - self._min_offset)
+        self._min_offset = min(self._min_offset, self.wall_offset)
         for name in self._is_durable:
             task = self.tasks[name]
             for row in task.rows:
@@ -147,7 +152,7 @@ class Oracle:
         return name
 
     def _check_sent(self, name: Name, rows: range, error: p.Error | None) -> None:
-        if error is not None and TAKEN_OVER in error.message:
+        if error is not None and (TAKEN_OVER in error.message or (self.tasks[name].is_twin and error.code in _OWN)):
             return
         if name in self._is_durable and not self._safe.get(name, set()).issuperset(rows):
             raise Violation("early promise", f"the outcome of {self.tasks[name].name}{list(rows)} left before it was safe")
@@ -199,7 +204,8 @@ class Oracle:
             self._check_error(task, data, error, now, where)
         before = task.told.get(row)
         task.told.setdefault(row, value)
-        if before is not None and is_brokers and task.options.is_durable and row in task.recorded and before != value:
+        is_own = task.is_twin and {before, value} & _OWN  # of one submission, not of its twin
+        if row in task.recorded and is_brokers and task.options.is_durable and before != value and not is_own:
             raise Violation("two outcomes", f"{where}: {before!r}, then {value!r}")
         if is_brokers:
             task.recorded.add(row)
@@ -217,11 +223,11 @@ class Oracle:
         elif code == Code.CANCELLED:
             is_legal = task.is_cancelled or task.is_spoiled
         elif code == Code.DEADLINE:
-            is_legal = self._is_due(task, now) or (HOPELESS in error.message and not task.is_over)
+            is_legal = self._is_due(task, now) or HOPELESS in error.message or TOO_SHORT in error.message
         elif code == Code.UNAVAILABLE:
             is_legal = task.kernel == ONCE or TAKEN_OVER in error.message
         elif code in (Code.OVERLOADED, Code.UNKNOWN_KERNEL):
-            is_legal = not task.is_accepted
+            is_legal = not task.is_accepted or (task.is_twin and code == Code.OVERLOADED)
         elif code == Code.CONFLICT:
             is_legal = task.num_asked > 1 and task.options.is_durable
         if not is_legal:
@@ -232,7 +238,7 @@ class Oracle:
         if timeout is None:
             return False
         is_due = now + 1e-6 >= task.submitted_at + timeout
-        return is_due or (task.options.is_durable and now + self.wall_offset + 1e-6 >= task.wall_at + timeout)
+        return is_due or (task.options.is_durable and now + self._jumped + 1e-6 >= task.submitted_at + timeout)
 
     def is_poison(self, row: bytes) -> bool:
         return kind_of(row) in POISON

@@ -64,6 +64,7 @@ class Task:
         recorded: rows of which the broker itself has told.
         num_asked: submissions and fetches, at all clients.
         is_given_up: the user does not wait for it any more: its client is gone, and it was not durable.
+        is_twin: it was submitted at two clients.
         is_spoiled: one of its submissions ended without an answer that others could share: cancelled, or out of time.
     """
 
@@ -74,10 +75,10 @@ class Task:
     options: Options
     size: int
     submitted_at: float
-    wall_at: float
     is_accepted: bool = False
     is_cancelled: bool = False
     is_given_up: bool = False
+    is_twin: bool = False
     is_spoiled: bool = False
     num_asked: int = 0
     told: dict[int, bytes | str] = field(default_factory=dict)

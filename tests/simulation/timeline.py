@@ -66,7 +66,7 @@ def shown(at: float, who: str, what: Any) -> str:
 def _short(message: Any) -> str:
     """A message in one line, its long fields left out."""
     fields = []
-    for name in getattr(message, "__slots__", None) or vars(message):
+    for name in getattr(message, "__slots__", ()):
         value = getattr(message, name, None)
         if value in (None, (), [], {}, b"", 0, False, "") or name in ("secret", "specs", "limits", "timings", "block"):
             continue
