@@ -4,12 +4,11 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 from penstock.broker import reports
 from penstock.broker.clients import Clients
-from penstock.broker.columns import Block
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
@@ -376,48 +375,3 @@ class Core:
             **({} if self.gate is None else {"security": self.gate.report()}),
             **({} if self._configuration is None else {"config": self._configuration.report(now)}),
         }  # fmt: skip
-
-    # --- invariants ------------------------------------------------------------------------------------------------
-
-    def check(self, now: float) -> None:
-        """Every invariant of the broker; tests call it after every event followed by `Turn`."""
-        state, config = self.state, self.state.config
-        state.ledger.check(now)
-        self._check_nothing_is_forgotten()
-        state.sharing.check(self._blocks())
-        assert state.ledger.num_open <= config.max_queue_rows and state.ledger.open_bytes <= config.max_queue_bytes
-        for route, session in self.clients.by_route.items():
-            assert session.route == route and not session.is_closed
-        for session in {r.session for r in state.ledger.runs()}:
-            window = session.used_rows - session.returned_rows
-            assert window == sum(r.num_open for r in session.runs), "credit leaks"
-            window -= sum(r.num_open for r in session.runs if r.number)  # one that was taken before comes back all the same
-            assert window <= config.window_rows or session.is_closed
-        for route, worker in self.workers.by_route.items():
-            assert worker.route == route
-        for worker in self.workers.by_secret.values():
-            batches = [lease for lease in worker.leases.values() if lease.mode == "batch"]
-            assert len(batches) == worker.batches and worker.assigned_batches <= max(worker.credit_batches, worker.batches)
-            assert worker.num_bytes == sum(lease.num_bytes for lease in worker.leases.values())
-            for kind, count in worker.streams.items():
-                leased = [le for le in worker.leases.values() if le.mode == "stream" and le.queue.kind[:2] == kind]
-                assert len(leased) == count <= leased[0].queue.spec.max_batch_size
-        assert all(lease.worker.secret in self.workers.by_secret for lease in state.ledger.leases.values())
-
-    def _blocks(self) -> Iterator[Block]:
-        """All payload that is held: of tasks, of leases, and of results that were not acknowledged."""
-        ledger = self.state.ledger
-        yield from (run.request.block for run in ledger.runs())
-        yield from (block for lease in ledger.leases.values() for block in lease.lent or ())
-        for session in self.clients.sessions():
-            yield from (o.block for m in session.outbox for o in m.outcomes if o.block is not None)
-
-    def _check_nothing_is_forgotten(self) -> None:
-        """What is queued is in a queue that somebody serves, or waits for its kernel or for its twin."""
-        state = self.state
-        waiting = {id(run) for runs in state.kernels.parked.values() for run in runs}
-        for run in state.ledger.runs():
-            waiting |= {id(follower) for follower in run.followers or ()}
-        for run in state.ledger.runs():
-            assert id(run) in waiting or not any(p.state == QUEUED and p.entry is None for p in run.pieces), "forgotten"
-        assert not state.policy.stale(state.kernels.current()), "queued for a version that nobody offers any more"

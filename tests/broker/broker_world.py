@@ -12,6 +12,7 @@ from typing import Any
 
 from fake_memory import FakeHost
 
+from penstock.broker import invariants
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
@@ -164,7 +165,7 @@ class World:
             self._deliver(self.core.handle(Turn(), self.now))
         else:
             raise AssertionError(f"still busy after {MAX_TURNS} turns")
-        self.core.check(self.now)
+        invariants.check(self.core, self.now)
 
     def step(self, event: Event) -> None:
         self.handle(event)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import CLIENT, check, lengths
 
+from penstock.broker import invariants
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.simulator.clients import Client, Task
 from penstock.broker.simulator.engine import Batch
@@ -314,7 +315,7 @@ class Checks:
     def turn(self) -> Any:
         def turn(broker: Production, has_more: bool, now: float) -> Sequence[Batch]:
             batches = self._turn(broker, has_more, now)
-            broker.core.check(now)
+            invariants.check(broker.core, now)
             self.num_turns += 1
             return batches
 

@@ -8,7 +8,8 @@ import pytest
 from penstock.broker.address import Address, AddressError
 from penstock.broker.settings import SettingsError
 from penstock.client.cli import up
-from penstock.client.cli.up import Child, UpConfig, broker_command, find_address, worker_command
+from penstock.client.cli.children import Child
+from penstock.client.cli.up import UpConfig, broker_command, find_address, worker_command
 
 ADDRESS = Address("ipc:///tmp/x")
 

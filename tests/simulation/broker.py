@@ -6,6 +6,7 @@ Knows what `server.py` does with messages, turns, commits and failures, without 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from penstock.broker import invariants
 from penstock.broker import protocol as p
 from penstock.broker.config import BrokerConfig
 from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Turn
@@ -187,7 +188,7 @@ class Broker:
     def check(self) -> None:
         """Everything inside must fit together."""
         try:
-            self.core.check(self._timeline.now)
+            invariants.check(self.core, self._timeline.now)
         except AssertionError as e:
             raise Violation("core", str(e) or repr(e)) from e
 
