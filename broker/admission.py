@@ -167,7 +167,7 @@ class Admission:
     def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float, is_shared: bool = False) -> Run:
         """Make the run, bound to its kernel unless that is still to come; `is_shared`: it waits for another one's outcome."""
         kernel = self._state.kernels.known.get(m.kernel)
-        if kernel is None and self._is_settled(now):
+        if kernel is None and not is_shared and self._is_settled(now):
             known = ", ".join(sorted(self._state.kernels.known)) or "none: no worker has come yet"
             raise Refusal(Code.UNKNOWN_KERNEL, f"no worker offers {m.kernel!r}; known kernels: {known}")
         self._next_seq += 1

@@ -60,7 +60,9 @@ class Leases:
             predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
             checkpoint=None if saved is None else saved.block, part=0 if saved is None else saved.part,
         )  # fmt: skip
-        self.state.send(BACK, worker.route, assign)
+        # What must not run twice leaves only when it is on disk that it may have run.
+        is_promise = not queue.spec.is_idempotent and any(piece.run.number for piece in lease.pieces)
+        self.state.send(BACK, worker.route, assign, is_promise)
 
     def cancel(self, lease: Lease) -> None:
         """Tell the worker that nobody waits for this lease."""
@@ -184,7 +186,9 @@ class Leases:
         else:
             self._checkpoints.keep(lease, m, now)
 
-    def recover(self, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
+    def recover(
+        self, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False, may_have_begun: bool = True
+    ) -> None:
         """A lease will not be answered. Suspects return in halves and alone, so that one that kills is found."""
         pieces = [p for p in lease.pieces if p.state == LEASED]
         self.state.ledger.close(lease)
@@ -192,11 +196,11 @@ class Leases:
         if not pieces:
             return
         num_rows = sum(p.num_rows for p in pieces)
-        if not lease.queue.spec.is_idempotent and is_suspect:
+        if not lease.queue.spec.is_idempotent and may_have_begun:
             text = f"{reason}; {lease.queue.spec.name!r} is not idempotent, so it was not run again"
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
-        if is_suspect and is_alone and num_rows == 1:
+        if is_suspect and is_alone and lease.num_rows == 1:  # not the last one left of a batch: the others ran as well
             suspect = pieces[0]
             suspect.deaths += 1
             suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))

@@ -52,7 +52,7 @@ class Ledger:
         return self._runs[principal][run_id[0]].get(run_id)
 
     def runs(self) -> Iterator[Run]:
-        return chain.from_iterable(part.values() for parts in self._runs.values() for part in parts)
+        return chain.from_iterable(part.values() for parts in self._runs.values() for part in filter(None, parts))
 
     def runs_of(self, principal: str) -> Iterator[Run]:
         return chain.from_iterable(part.values() for part in self._runs.get(principal, ()))

@@ -58,6 +58,8 @@ class Settlement:
             self.finished.setdefault(session, []).append(run.id)
             self._state.journal.close(run, self._now)
         for follower in followers or ():
+            if run.number:  # what they share is not safe either
+                self.durable.add(follower.session)
             self._pass_on(follower, start, stop, at)
 
     def _count(self, run: Run, num_rows: int, assigned_at: float, is_leased: bool) -> None:

@@ -85,7 +85,8 @@ class Workers:
             case Share():
                 self.state.sharing.share(worker, m, pid)
             case Goodbye():
-                self.lose(worker, m.reason or "it said goodbye", now, is_suspect=m.is_fault)
+                # It has answered what had begun, as far as that must not run twice.
+                self.lose(worker, m.reason or "it said goodbye", now, is_suspect=m.is_fault, may_have_begun=m.is_fault)
 
     def _send_unattached(self, route: Route) -> None:
         error = Error(Code.UNATTACHED, "this address has no worker session: say hello, then ready")
@@ -131,8 +132,7 @@ class Workers:
         lost = [lease for token, lease in worker.leases.items() if token not in held]
         for lease in lost:
             self.state.counters["leases_lost_on_the_way"] += 1
-            may_have_run = not lease.queue.spec.is_idempotent  # its answer may be what was lost
-            self._leases.recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=may_have_run)
+            self._leases.recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=False)
         worker.turn_to_next(now)
         worker.assigned_batches, worker.assigned_bytes = worker.batches, 0
         worker.credit_batches, worker.credit_bytes = m.credit
@@ -171,7 +171,9 @@ class Workers:
         for worker in [w for w in self.by_secret.values() if w.known_pid == pid]:
             self.lose(worker, f"its process {pid} has ended", now)
 
-    def lose(self, worker: WorkerSession, reason: str, now: float, is_suspect: bool = True) -> None:
+    def lose(
+        self, worker: WorkerSession, reason: str, now: float, is_suspect: bool = True, may_have_begun: bool = True
+    ) -> None:
         """The session is over; its leases return."""
         del self.by_secret[worker.secret]
         if worker.route is not None:
@@ -184,7 +186,7 @@ class Workers:
         self._dispatch.left(worker)
         is_alone = len(worker.leases) == 1
         for lease in list(worker.leases.values()):
-            self._leases.recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone)
+            self._leases.recover(lease, f"worker {worker.name}: {reason}", now, is_suspect, is_alone, may_have_begun)
         self._leases.rebind(now)
 
     def expel(self, principals: Collection[str], now: float) -> None:

@@ -6,7 +6,7 @@ Knows who waits for which reply; does not know what is asked.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from penstock.broker.protocol import Error
+from penstock.broker.protocol import Error, Fetch
 from penstock.broker.wire import Message
 from penstock.client.errors import from_wire
 from penstock.client.run import Run
@@ -52,6 +52,11 @@ class Questions:
     def forget(self, request: Request) -> None:
         """Nobody waits for this reply any more."""
         self._open.pop(request.number, None)
+
+    @property
+    def has_fetch(self) -> bool:
+        """A task is about to be handed over, or has been already and the reply was lost."""
+        return any(type(request.message) is Fetch for request in self._open.values())
 
     def settle(self, number: int, error: Error | None, body: dict[str, Any]) -> Request | None:
         """A reply came; None if nobody waits for it."""

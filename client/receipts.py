@@ -16,7 +16,7 @@ ACK_BYTES: Final = 1 << 20
 class Receipts:
     """`received` is the last number that was acted upon; messages up to it are dropped when they come again."""
 
-    __slots__ = ("_acked", "_gap_at", "_unacked_bytes", "received")
+    __slots__ = ("_acked", "_gap_at", "_held_from", "_unacked_bytes", "received")
 
     def __init__(self) -> None:
         self.restart()
@@ -24,6 +24,7 @@ class Receipts:
     def restart(self) -> None:
         """A new session on the broker's side: it counts from 1 again."""
         self.received = self._acked = self._unacked_bytes = self._gap_at = 0
+        self._held_from: int | None = None
 
     def note(self, seq: int, frames: Sequence[Buffer], is_shared: bool) -> None:
         """This message is acted upon; `is_shared`: some of it lay in memory that its owner waits for."""
@@ -35,19 +36,33 @@ class Receipts:
         is_news, self._gap_at = self._gap_at != self.received + 1, self.received + 1
         return is_news
 
+    def hold(self) -> None:
+        """The last message is for somebody who is not there yet: it and what follows is not acknowledged before `release`."""
+        if self._held_from is None:
+            self._held_from = self.received
+
+    def release(self) -> None:
+        """Everything has found whom it was for."""
+        self._held_from = None
+
+    @property
+    def _ackable(self) -> int:
+        return self.received if self._held_from is None else self._held_from - 1
+
     @property
     def must_ack(self) -> bool:
-        return self.received - self._acked >= ACK_MESSAGES or self._unacked_bytes >= ACK_BYTES
+        num_new = self._ackable - self._acked
+        return num_new >= ACK_MESSAGES or (num_new > 0 and self._unacked_bytes >= ACK_BYTES)
 
     @property
     def has_news(self) -> bool:
         """Something has come that the broker does not know to have come."""
-        return self.received > self._acked
+        return self._ackable > self._acked
 
     def ack(self) -> int:
         """The number to acknowledge with the message that is being made."""
-        self._acked, self._unacked_bytes = self.received, 0
-        return self.received
+        self._acked, self._unacked_bytes = self._ackable, 0
+        return self._acked
 
     def check(self) -> None:
         assert self._acked <= self.received

@@ -250,7 +250,9 @@ class Session:
 
     def _on_results(self, m: protocol.Results, frames: Sequence[Buffer], now: float) -> None:
         if (taken := self._take_new(m, frames, now)) is not None:
-            self.submissions.take_results(taken)
+            is_known = self.submissions.take_results(taken)
+            if not is_known and self._questions.has_fetch:
+                self._receipts.hold()  # it may be what was asked for, and the reply that says so was lost: it comes again
 
     def _on_partial(self, m: protocol.Partial, frames: Sequence[Buffer], now: float) -> None:
         if (taken := self._take_new(m, frames, now)) is not None:
@@ -297,6 +299,8 @@ class Session:
                 request.error = Error(Code.PROTOCOL, "the broker's answer to a fetch cannot be understood")
                 self._fault(request.error.message)
             request.run = self.submissions.fetched(request.message.id, request.error, m.body)
+            if not self._questions.has_fetch:
+                self._receipts.release()
         self.news.num_events += 1
 
     def _on_fault(self, m: protocol.Fault, frames: Sequence[Buffer], now: float) -> None:

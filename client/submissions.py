@@ -174,14 +174,18 @@ class Submissions:
             self.end_rows(stray, 0, stray.num_rows, error)
         return None
 
-    def take_results(self, m: protocol.Results) -> None:
+    def take_results(self, m: protocol.Results) -> bool:
+        """Whether all of it is of runs that are open here."""
         self.credit.grant(m.credit)
+        is_known = True
         for outcome in m.outcomes:
-            self._take_outcome(outcome)
+            is_known = self._take_outcome(outcome) and is_known
         if self.backlog.pending and self.is_idle:
             self.backlog.flush()
+        return is_known
 
-    def _take_outcome(self, outcome: Outcome) -> None:
+    def _take_outcome(self, outcome: Outcome) -> bool:
+        is_known = True
         base, times, block, runs = 0, outcome.queue_ms, outcome.block, self.flight.runs
         for i, (id_, start, stop) in enumerate(outcome.spans):
             run = runs.get(id_)
@@ -189,12 +193,14 @@ class Submissions:
                 fits = 0 <= start < stop <= run.num_rows and (block is None or base + stop - start <= block.num_rows)
                 if not fits or (block is None and outcome.error is None):
                     self._fault(f"the broker sent an outcome for rows {start} to {stop} that does not fit")
-                    return
+                    return is_known
                 part = Part(start, base, block, outcome.error, times[i] if i < len(times) else None, outcome)
                 self._settle(run, start, stop, part)
             else:
                 self.flight.answered(id_, stop - start)
+                is_known = False
             base += stop - start
+        return is_known
 
     def take_partials(self, m: protocol.Partial) -> None:
         for outcome in m.outcomes:

@@ -147,9 +147,12 @@ class Link:
         max_bytes: see `WorkerConfig`.
         secret: 16 bytes that prove the session; drawn here if not given.
         ended: those of the session of the process before this one, which is gone, if there was one.
+        pid: of the process; this one's if not given.
     """
 
-    def __init__(self, name: str, device: str, max_bytes: int, secret: bytes = b"", ended: bytes = b"") -> None:
+    def __init__(
+        self, name: str, device: str, max_bytes: int, secret: bytes = b"", ended: bytes = b"", pid: int | None = None
+    ) -> None:
         self.state = AWAY
         self.secret = secret or os.urandom(16)
         self.epoch = 0
@@ -160,6 +163,7 @@ class Link:
         self._name = name
         self._device = device
         self._ended = ended
+        self._pid = os.getpid() if pid is None else pid
 
     def _move(self, event: str) -> None:
         if event not in MOVES[self.state]:
@@ -168,7 +172,7 @@ class Link:
 
     def hello(self) -> WorkerHello:
         self._move("hello")
-        return WorkerHello(name=self._name, secret=self.secret, pid=os.getpid(), device=self._device, ended=self._ended)
+        return WorkerHello(name=self._name, secret=self.secret, pid=self._pid, device=self._device, ended=self._ended)
 
     def on_welcome(self, welcome: Welcome) -> bool:
         """True if what is held goes on; False if it must be forgotten, because this broker does not know of it."""

@@ -1,7 +1,7 @@
 """The leases of a worker while they wait and run: batches one at a time or several in flight, streams a step at a time.
 
-Knows the engine and the link; does not know sockets: frames to send go to a callable. Everything here is run by the
-thread of the data loop.
+Knows the engine and the link; does not know torch, nor sockets: frames to send go to a callable. Everything here is run by
+the thread of the data loop.
 """
 
 import logging
@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from penstock.broker.columns import Buffer, any_shared
 from penstock.broker.peer_memory import PeerMemory
@@ -16,26 +17,29 @@ from penstock.broker.protocol import Answer, Assign, Checkpoint, Code, Error, Re
 from penstock.broker.segments import SegmentError
 from penstock.broker.shared import DescriptorError
 from penstock.broker.wire import encode
-from penstock.worker.config import WorkerConfig
-from penstock.worker.engine import Engine
-from penstock.worker.failures import Failure
-from penstock.worker.flights import Flights, Landed
 from penstock.worker.link import Final, Link
 from penstock.worker.pressure import Pressure
-from penstock.worker.streams import Ended
-from penstock.worker.watch import Watch
+
+if TYPE_CHECKING:
+    from penstock.worker.engine import Engine
+    from penstock.worker.failures import Failure
+    from penstock.worker.flights import Flights, Landed
+    from penstock.worker.streams import Ended
 
 log = logging.getLogger("penstock.worker")
 
 Outgoing = list[Buffer] | Final
+Announce = Callable[[Resident], None]
 
 
 class Work:
     """What this worker has taken and not answered.
 
     Args:
+        make_engine: given who is told when a kernel's state changes, what runs the kernels.
         memory: what is shared with this machine's clients.
         send: takes what is to be sent, in order: the frames of a message, or the answers to a lease.
+        clock: seconds, for how long things take.
 
     Attributes:
         progress: grows with every batch and step; heartbeats carry it.
@@ -44,9 +48,15 @@ class Work:
     """
 
     def __init__(
-        self, config: WorkerConfig, link: Link, memory: PeerMemory, send: Callable[[Outgoing], None], watch: Watch
+        self,
+        make_engine: "Callable[[Announce], Engine]",
+        link: Link,
+        memory: PeerMemory,
+        send: Callable[[Outgoing], None],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.engine = Engine(config, self._announce, watch)
+        self.engine = make_engine(self._announce)
+        self._clock = clock
         self.progress = 0
         self.is_in_kernel = False
         self.fault: Failure | None = None
@@ -83,7 +93,7 @@ class Work:
             return
         if any_shared(assign.blocks) and not self._open(assign):
             return
-        received_at = time.perf_counter()
+        received_at = self._clock()
         if assign.mode != "stream":
             self._waiting.append((assign, received_at))
             return
@@ -155,18 +165,18 @@ class Work:
         if not self._waiting:
             return False
         assign, received_at = self._waiting.popleft()
-        began = time.perf_counter()
+        began = self._clock()
         self.is_in_kernel = True
         answers, clock, fault = self.engine.runner.run(assign, received_at)
         self.is_in_kernel = False
         self.progress += 1
-        self._link.credit.measure((time.perf_counter() - began) * 1e3 - clock.load_ms)
+        self._link.credit.measure((self._clock() - began) * 1e3 - clock.load_ms)
         if answers:
             self._send(Final(assign.lease, self._placed(assign.lease, answers), clock.timings()))
         self.fault = self.fault or fault
         return True
 
-    def _fly(self, flights: Flights) -> bool:
+    def _fly(self, flights: "Flights") -> bool:
         if self._leaving:
             self._let_go()
         was_busy = False
@@ -184,7 +194,7 @@ class Work:
             self._land(one)
         return was_busy or bool(landed)
 
-    def _land(self, landed: Landed) -> None:
+    def _land(self, landed: "Landed") -> None:
         clock = landed.clock
         self.progress += 1
         self.fault = self.fault or landed.fault
@@ -240,7 +250,7 @@ class Work:
         finally:
             self.is_in_kernel = False
 
-    def _end(self, ended: Ended) -> None:
+    def _end(self, ended: "Ended") -> None:
         self.progress += 1
         if ended.answer is not None:
             self._send(Final(ended.lease, self._placed(ended.lease, [ended.answer]), ended.clock.timings()))

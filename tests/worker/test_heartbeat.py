@@ -1,29 +1,39 @@
-"""The heartbeats' thread, without running it: when the broker counts as silent."""
+"""The heartbeats' rules, without socket or thread: when the broker counts as silent."""
 
-import time
-from pathlib import Path
+from penstock.broker.protocol import Code, Error, Fault, Heartbeat
+from penstock.broker.wire import encode
+from penstock.worker.pulse import MAX_SILENT, Pulse
 
-import zmq
-
-from penstock.worker.heartbeat import MAX_SILENT, Heart
-from penstock.worker.transport import Wake, dealer
+INTERVAL_S = 0.1
 
 
-def test_silence_begins_with_a_beat_that_has_no_answer(tmp_ipc: Path) -> None:
+def test_silence_begins_with_a_beat_that_has_no_answer() -> None:
     """This process may have stood still, while torch was loaded say: that is no silence of the broker."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    endpoint = f"ipc://{tmp_ipc}/workers.sock"
-    heart, socket = Heart(context, endpoint, bytes(16), Wake(), lambda: (0, {})), dealer(context, endpoint)
-    try:
-        heart.begin(100.0)
-        much_later = time.monotonic() + 10 * MAX_SILENT
-        heart._look(much_later)
-        assert not heart.is_lost
-        heart._send(socket)
-        heart._look(time.monotonic())
-        assert not heart.is_lost
-        heart._look(much_later)
-        assert heart.is_lost
-    finally:
-        socket.close(0)
-        context.term()
+    pulse, later = Pulse(bytes(16)), 10 * MAX_SILENT * INTERVAL_S
+    pulse.begin(1e3 * INTERVAL_S)
+    pulse.look(later)
+    assert not pulse.is_lost
+    pulse.beat(0, {}, later)
+    pulse.look(later + INTERVAL_S)
+    assert not pulse.is_lost
+    pulse.look(2 * later)
+    assert pulse.is_lost
+    assert pulse.interval_s is None
+
+
+def test_an_answer_ends_the_silence() -> None:
+    pulse = Pulse(bytes(16))
+    pulse.begin(1e3 * INTERVAL_S)
+    pulse.beat(0, {}, 1.0)
+    pulse.receive(encode(Heartbeat()))
+    pulse.look(100.0)
+    assert not pulse.is_lost
+
+
+def test_who_is_not_known_greets_again() -> None:
+    pulse = Pulse(bytes(16))
+    pulse.begin(1e3 * INTERVAL_S)
+    pulse.receive(encode(Fault(error=Error(Code.UNATTACHED, "no session"))))
+    assert pulse.is_lost
+    pulse.begin(1e3 * INTERVAL_S)
+    assert not pulse.is_lost

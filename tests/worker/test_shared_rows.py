@@ -17,6 +17,7 @@ from penstock.broker.shared import SharedBytes
 from penstock.kernels import Blob, Tensor, kernel, registry
 from penstock.worker import pinned
 from penstock.worker.config import WorkerConfig
+from penstock.worker.engine import Engine
 from penstock.worker.inputs import Plan
 from penstock.worker.link import Final, Link
 from penstock.worker.watch import Watch
@@ -87,7 +88,7 @@ class Rig:
         self.memory.welcome({"probe": list(self.probe.place), "min_bytes": 70_000, "max_bytes": 64 << 20, "held": []})
         self.link = Link("cpu", "cpu", 1 << 30)
         config = WorkerConfig(device="cpu", state_dir=tmp_path, threads=1)
-        self.work = Work(config, self.link, self.memory, self.sent.append, Watch())
+        self.work = Work(lambda announce: Engine(config, announce, Watch()), self.link, self.memory, self.sent.append)
         self.link.hello()
         self.link.on_welcome(Welcome(epoch=1, heartbeat_ms=1000.0))
         self.link.ready([], {}, {})

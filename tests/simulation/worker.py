@@ -1,0 +1,276 @@
+"""A worker's process: the real session, link, work and heartbeats on a simulated device, and its supervisor.
+
+Knows what `loop.py` and `heartbeat.py` do in a turn, without sockets and threads, and how processes end. While a kernel runs
+on a device without slots, the process takes in nothing.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from penstock.broker.peer_memory import PeerMemory
+from penstock.broker.state import BACK
+from penstock.worker.config import DEVICE_FAULT_STATUS
+from penstock.worker.link import Link
+from penstock.worker.pulse import Pulse
+from penstock.worker.session import Refused, Session
+from penstock.worker.work import Work
+from simulation.engine import Engine, Run
+from simulation.network import Frames, Socket
+from simulation.oracle import Violation
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+MAX_BYTES = 4096
+HANG_LIMIT_S = 1.5
+MAX_HELD = 8
+"""Batches held: a window of four and the slots."""
+
+
+class Worker:
+    """The process of one life; `Supervisor` starts the next."""
+
+    def __init__(self, supervisor: "Supervisor", pid: int, fault: str) -> None:
+        world = supervisor.world
+        self._supervisor, self._timeline = supervisor, world.timeline
+        self.pid, self.name = pid, supervisor.name
+        self.is_over = self.is_paused = False
+        self._is_awake = False
+        self._inbox: deque[Frames] = deque()
+        self._beat_at = 0.0
+        self.pulse = Pulse(secret := world.timeline.random.randbytes(16))
+        self.link = Link(self.name, "simulated", MAX_BYTES, secret, pid)
+        if fault:
+            self.link.credit.begin_slowly()
+        memory = PeerMemory(0)
+        self.session = Session(self.link, memory, "simulated", self._send, self, fault)
+        self._data = Socket(world.network, BACK, self.name, self._on_frames, self.wake)
+        self._side: Socket | None = None
+        self.engine = Engine(world.timeline, world.oracle, supervisor.num_slots, supervisor.max_batch_size)
+        self.engine.on_begin = self._on_begin
+        self._kernel_ends_at: float | None = None
+        self._memory = memory
+        self._timeline.after(supervisor.load_s, self._load)
+
+    def _load(self) -> None:
+        """Torch and the kernels are there."""
+        if not self.is_over:
+            self.session.work = self.work = Work(
+                lambda announce: self.engine, self.link, self._memory, self.session.send, lambda: self._timeline.now  # type: ignore[arg-type, return-value]
+            )
+            self.wake()
+
+    # --- sockets ---------------------------------------------------------------------------------------------------
+
+    def _send(self, frames: Frames) -> bool:
+        return self._data.send(frames)
+
+    def _on_frames(self, frames: Frames) -> None:
+        self._inbox.append(frames)
+        self.wake()
+
+    def cut(self) -> None:
+        """The data connection breaks."""
+        self._data.cut()
+
+    # --- heartbeats ------------------------------------------------------------------------------------------------
+
+    def begin(self, interval_ms: float) -> None:
+        """A session: beats go over a socket of their own, a new one for each."""
+        self.pulse.begin(interval_ms)
+        if self._side is not None:
+            self._side.close()
+        self._side = Socket(self._supervisor.world.network, BACK, self.name, self._on_beat_answered, lambda: None)
+        self._beat(self.pulse.num_sessions)
+
+    def pause(self) -> None:
+        self.pulse.pause()
+
+    def _beat(self, session: int) -> None:
+        """What the side thread does once in a while: beat, and look at the broker's silence."""
+        pulse, now = self.pulse, self._timeline.now
+        if self.is_over or session != pulse.num_sessions or pulse.interval_s is None or self._side is None:
+            return
+        if not self.is_paused:
+            if now >= self._beat_at and self._side.can_send:
+                progress = 0 if self.session.work is None else self.session.work.progress
+                self._side.send(pulse.beat(progress, self.engine.memory(), now))
+                self._beat_at = now + pulse.interval_s
+            pulse.look(now)
+            if pulse.is_lost:
+                self.wake()
+                return
+        wait_s = max(self._beat_at - now, 0.05) if pulse.interval_s else 0.5
+        self._timeline.after(wait_s, self._beat, session)
+
+    def _on_beat_answered(self, frames: Frames) -> None:
+        if not self.is_paused and not self.is_over:
+            self.pulse.receive(frames)
+            if self.pulse.is_lost:
+                self.wake()
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        if not self._is_awake:
+            self._is_awake = True
+            self._timeline.after(0.00005, self._turn)
+
+    def _turn(self) -> None:
+        self._is_awake = False
+        if self.is_over or self.is_paused or self._kernel_ends_at is not None:
+            return
+        now = self._timeline.now
+        try:
+            self._act(now)
+        except Refused as e:
+            self.end(f"refused: {e}", 77)
+            return
+        if self.is_over:
+            return
+        if sum(not held.is_stream for held in self.link.held.values()) > MAX_HELD:
+            raise Violation("credit", f"{self.name} holds {len(self.link.held)} leases")
+        dues = [due for due in self.session.dues() if due > now]
+        if dues:
+            self._timeline.at(min(dues) + 0.001, self.wake)
+
+    def _act(self, now: float) -> None:
+        """One turn of the data loop."""
+        session = self.session
+        if self.pulse.is_lost:
+            self.pulse.is_lost = False
+            session.lose("it does not answer heartbeats")
+        if self._supervisor.is_stopping and not session.is_draining:
+            session.drain(now)
+        session.tick(now)
+        if self._data.has_broken:
+            self._data.has_broken = False
+            session.lose("the connection is closed")
+        while self._inbox:
+            session.receive(self._inbox.popleft(), now)
+        session.get_ready()
+        if session.is_sending and self._data.can_send:
+            session.send_some(now)
+        if session.work is not None:
+            self._run_batches(session.work)
+        if not self.is_over and self._kernel_ends_at is None and session.can_end(now):
+            self.close("drained", is_fault=False)
+
+    def _run_batches(self, work: Work) -> None:
+        if self.engine.flights is None:
+            if work._waiting:
+                self.engine.current = run = self.engine.begin(work._waiting[0][0])
+                self._kernel_ends_at = run.ends_at
+                self._on_begin(run)
+                if not run.hangs:
+                    self._timeline.at(run.ends_at, self._kernel_ended)
+            return
+        while work.run_batch():
+            continue
+        self._look_at_fault(work)
+
+    def _on_begin(self, run: Run) -> None:
+        """A batch is on the device: it will be through, or be the end of this process."""
+        if run.kills:
+            self._timeline.at(run.began_at + 0.5 * run.took_s, self.end, "killed by a row", 139)
+        elif run.hangs:
+            self._timeline.at(run.began_at + HANG_LIMIT_S, self.end, "killed by the supervisor: it hangs", 137)
+        elif self.engine.flights is not None:
+            self._timeline.at(run.ends_at + 1e-6, self.wake)
+
+    def _kernel_ended(self) -> None:
+        """On a device without slots the batch is answered, and the loop goes on."""
+        if self.is_over:
+            return
+        if self.is_paused:
+            self._timeline.after(0.05, self._kernel_ended)
+            return
+        self._kernel_ends_at = None
+        if self._data.has_broken:  # the loop looks at its connection before it sends
+            self._data.has_broken = False
+            self.session.lose("the connection is closed")
+        work = self.session.work
+        assert work is not None
+        work.run_batch()
+        self._look_at_fault(work)
+        self.wake()
+
+    def _look_at_fault(self, work: Work) -> None:
+        if work.fault is not None and not self.is_over:
+            self.close("the device is broken", is_fault=True, status=DEVICE_FAULT_STATUS)
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self, reason: str, is_fault: bool, status: int = 0) -> None:
+        """Say goodbye, and end."""
+        self.session.close(reason, is_fault)
+        self.end(reason, status, is_gentle=True)
+
+    def end(self, why: str, status: int, is_gentle: bool = False) -> None:
+        """The process is gone."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._timeline.note(self.name, f"process {self.pid} ends, status {status}: {why}")
+        last = self._data.close(is_gentle)
+        if self._side is not None:
+            self._side.close()
+        self._supervisor.ended(self, status, why, last)
+
+
+class Supervisor:
+    """Starts a worker's process again when it has ended.
+
+    Args:
+        tells: the kernel tells the broker of the process's end.
+    """
+
+    def __init__(self, world: "World", name: str, num_slots: int, tells: bool) -> None:
+        random = world.timeline.random
+        self.world, self.name = world, name
+        self.num_slots, self.tells = num_slots, tells
+        self.max_batch_size = 8
+        self.load_s = random.uniform(0.0, 0.3)
+        self.is_stopping = False
+        self.worker: Worker | None = None
+        self._start("")
+
+    def _start(self, fault: str) -> None:
+        self.is_stopping = False
+        self.worker = Worker(self, self.world.next_pid(), fault)
+        self.world.timeline.note(self.name, f"process {self.worker.pid} starts")
+
+    def ended(self, worker: Worker, status: int, why: str, last: float) -> None:
+        self.worker = None
+        if self.tells:  # what a process sent before its end has come first
+            self.world.timeline.at(last + 0.005, self.world.broker.process_ended, worker.pid)
+        self.world.timeline.after(self.world.timeline.random.uniform(0.01, 0.4), self._start, why if status else "")
+
+    def kill(self) -> None:
+        if self.worker is not None:
+            self.worker.end("kill -9", 137)
+
+    def quit(self) -> None:
+        """A second signal: it ends at once, out of a kernel, and says goodbye."""
+        if self.worker is not None:
+            self.worker.close("interrupted", is_fault=False, status=130)
+
+    def drain(self) -> None:
+        if self.worker is not None and self.worker.session.work is not None:
+            self.is_stopping = True
+            self.worker.wake()
+
+    def pause(self, seconds: float) -> None:
+        """SIGSTOP, and SIGCONT later."""
+        worker = self.worker
+        if worker is not None and not worker.is_paused:
+            worker.is_paused = True
+            self.world.timeline.note(self.name, f"stands still for {seconds:.2f} s")
+            self.world.timeline.after(seconds, self._resume, worker)
+
+    def _resume(self, worker: Worker) -> None:
+        worker.is_paused = False
+        if not worker.is_over:
+            self.world.timeline.note(self.name, "goes on")
+            worker.wake()
