@@ -4,6 +4,7 @@ Knows what a worker holds and when it is lost. Does not know who gets a batch ne
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from penstock.broker.clients import Clients
@@ -40,6 +41,7 @@ from penstock.broker.wire import Message
 TOLD_MS = 100.0
 """What is predicted to take less is not worth telling: a worker grants every batch seconds."""
 MAX_PREDICTED_MS = 1e12
+MAX_FORMER_ROUTES = 1024
 
 
 class Workers:
@@ -48,6 +50,8 @@ class Workers:
     def __init__(self, state: BrokerState, clients: Clients) -> None:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
+        self._former: dict[Route, WorkerSession] = {}
+        """Addresses that sessions have left, until they say from the next one what they hold."""
         self.by_secret = state.workers
         self.changed_at = state.started_at
         self.dispatch: Dispatch
@@ -65,6 +69,11 @@ class Workers:
             self._heartbeat(route, principal, m, now)
             return
         worker = self.by_route.get(route)
+        if worker is None and isinstance(m, WorkerFinal):
+            former = self._former.get(route)
+            if former is not None and (not principal or principal == former.principal):
+                self._final(former, replace(m, credit=(0, 0)), now)
+                return
         if worker is None or (principal and principal != worker.principal):
             self.state.counters["unattached"] += 1
             self._send_unattached(route)
@@ -127,6 +136,7 @@ class Workers:
         return next(n for n in names if n not in taken)
 
     def _ready(self, worker: WorkerSession, m: Ready, now: float) -> None:
+        self._forget_former(worker)
         specs = [parse(wire) for wire in m.specs]
         held = set(m.leases)
         lost = [lease for token, lease in worker.leases.items() if token not in held]
@@ -168,10 +178,18 @@ class Workers:
         self.state.send(BACK, worker.route, Drain())
 
     def lose_route(self, route: Route) -> None:
-        """The address is gone; the session has until its liveness ends to come back."""
+        """The address is gone; the session has until its liveness ends to come back. Answers that it sent from there before may
+        still come, behind the hello from its next address."""
         worker = self.by_route.pop(route, None)
         if worker is not None:
             worker.route = None
+            self._former[route] = worker
+            if len(self._former) > MAX_FORMER_ROUTES:
+                del self._former[next(iter(self._former))]
+
+    def _forget_former(self, worker: WorkerSession) -> None:
+        for route in [route for route, other in self._former.items() if other is worker]:
+            del self._former[route]
 
     def lose_process(self, pid: int, now: float) -> None:
         """The kernel says that this process has ended."""
@@ -180,6 +198,7 @@ class Workers:
 
     def lose(self, worker: WorkerSession, reason: str, now: float, is_suspect: bool = True) -> None:
         """The session is over; its leases return."""
+        self._forget_former(worker)
         del self.by_secret[worker.secret]
         if worker.route is not None:
             self.by_route.pop(worker.route, None)
