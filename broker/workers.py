@@ -34,6 +34,8 @@ from penstock.broker.spec import parse
 from penstock.broker.state import BACK, BrokerState
 from penstock.broker.wire import Message
 
+MAX_FORMER_ROUTES = 1024
+
 
 class Workers:
     """All worker sessions."""
@@ -41,6 +43,8 @@ class Workers:
     def __init__(self, state: BrokerState, clients: Clients, leases: Leases, dispatch: Dispatch) -> None:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
+        self._former: dict[Route, WorkerSession] = {}
+        """Addresses that sessions have left, until they say from the next one what they hold."""
         self.by_secret = state.workers
         self.changed_at = state.started_at
         self._clients = clients
@@ -58,6 +62,11 @@ class Workers:
             self._heartbeat(route, principal, m, now)
             return
         worker = self.by_route.get(route)
+        if worker is None and isinstance(m, WorkerFinal):
+            former = self._former.get(route)
+            if former is not None and (not principal or principal == former.principal):
+                self._leases.final(former, m, now)
+                return
         if worker is None or (principal and principal != worker.principal):
             self.state.counters["unattached"] += 1
             self._send_unattached(route)
@@ -127,6 +136,7 @@ class Workers:
         return next(n for n in names if n not in taken)
 
     def _ready(self, worker: WorkerSession, m: Ready, now: float) -> None:
+        self._forget_former(worker)
         specs = [parse(wire) for wire in m.specs]
         held = set(m.leases)
         lost = [lease for token, lease in worker.leases.items() if token not in held]
@@ -161,10 +171,18 @@ class Workers:
         self.state.send(BACK, worker.route, Drain())
 
     def lose_route(self, route: Route) -> None:
-        """The address is gone; the session has until its liveness ends to come back."""
+        """The address is gone; the session has until its liveness ends to come back. Answers that it sent from there before may
+        still come, behind the hello from its next address."""
         worker = self.by_route.pop(route, None)
         if worker is not None:
             worker.route = None
+            self._former[route] = worker
+            if len(self._former) > MAX_FORMER_ROUTES:
+                del self._former[next(iter(self._former))]
+
+    def _forget_former(self, worker: WorkerSession) -> None:
+        for route in [route for route, other in self._former.items() if other is worker]:
+            del self._former[route]
 
     def lose_process(self, pid: int, now: float) -> None:
         """The kernel says that this process has ended."""
@@ -175,6 +193,7 @@ class Workers:
         self, worker: WorkerSession, reason: str, now: float, is_suspect: bool = True, may_have_begun: bool = True
     ) -> None:
         """The session is over; its leases return."""
+        self._forget_former(worker)
         del self.by_secret[worker.secret]
         if worker.route is not None:
             self.by_route.pop(worker.route, None)

@@ -47,8 +47,7 @@ class Heart(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self.pulse = Pulse(secret)
         self._context = context
-        self._endpoint = endpoint
-        self._key = key
+        self._where = endpoint, key
         self._wake = wake
         self._facts = facts
         self._parent = parent
@@ -64,7 +63,7 @@ class Heart(threading.Thread):
 
     def move(self, way: Way) -> None:
         """The next session is with a broker there."""
-        self._endpoint, self._key = way.address.back, way.key
+        self._where = way.address.back, way.key
 
     def pause(self) -> None:
         """There is no session: no beats until the next `begin`."""
@@ -79,7 +78,7 @@ class Heart(threading.Thread):
     def run(self) -> None:
         while not self._is_stopped:
             # A new session, a new socket: the old one may wait for seconds before it connects again.
-            socket = dealer(self._context, self._endpoint, self._key)
+            socket = dealer(self._context, *self._where)
             socket.setsockopt(zmq.LINGER, 0)
             try:
                 self._beat(socket, self.pulse.num_sessions)

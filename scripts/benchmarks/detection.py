@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from attacks import free_port
 from blackhole import TO_FAR, TO_NEAR, Cable, why_not
 
 from penstock.broker.keys import ROLES, KeyFolder
@@ -43,6 +43,17 @@ def until(is_true: Callable[[], Any], what: str, began: float, limit_s: float = 
     return time.monotonic() - began
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port whose successor, for the workers, is free, too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind((host, 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind((host, port + 1))
+                return port
+
+
 class Stage:
     """A broker at an ipc and a tcp address, and processes here or at the far end of a cable; a context manager."""
 
@@ -51,7 +62,8 @@ class Stage:
         self.folder = folder
         self._cable = cable
         self.url = f"ipc://{folder}/b"
-        self.tcp = f"tcp://{cable.near if cable else '127.0.0.1'}:{free_port()}"
+        host = cable.near if cable is not None else "127.0.0.1"
+        self.tcp = f"tcp://{host}:{free_port(host)}"
         self.standby = f"ipc://{folder}/s"
         self._env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")},
@@ -278,15 +290,23 @@ def watch_broker(folder: Path, cable: Cable | None, mode: str, part: str, fail: 
         stage.await_log("client", "done", 5)
         fail(stage.processes["broker"].pid)
         began = time.monotonic()
-        worker = stage.await_log("w", "is away", began=began)
-        client = stage.await_log("client", "has been silent", began=began)
+        seen: dict[str, float] = {}
+        until(lambda: _see(stage, seen, began), "worker and client have noticed", began)
         stage.await_log("w", "is back", began=began)
         num_done = stage.log("client").count("done")
         resolved = stage.await_log("client", "done", num_done + 1, began)
         if cable is not None:
             cable.heal()
-    yield {"watched": "broker by worker", "mode": mode, "noticed_s": worker, "resolved_s": resolved}
-    yield {"watched": "broker by client", "mode": mode, "noticed_s": client, "resolved_s": resolved}
+    yield {"watched": "broker by worker", "mode": mode, "noticed_s": seen["w"], "resolved_s": resolved}
+    yield {"watched": "broker by client", "mode": mode, "noticed_s": seen["client"], "resolved_s": resolved}
+
+
+def _see(stage: Stage, seen: dict[str, float], began: float) -> bool:
+    """Note who has said that the broker is gone; whether both have."""
+    for name, text in (("w", "is away"), ("client", "has been silent")):
+        if name not in seen and text in stage.log(name):
+            seen[name] = time.monotonic() - began
+    return len(seen) == 2
 
 
 def of_brokers(folder: Path, cable: Cable | None) -> Iterator[Row]:

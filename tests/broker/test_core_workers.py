@@ -325,6 +325,25 @@ def test_two_sessions_from_one_address() -> None:
     assert route in w.core.workers.by_route
 
 
+def test_an_answer_behind_the_next_hello() -> None:
+    """Two connections of one worker are read in turns: what it answered before the first one broke does not run again."""
+    w = World()
+    client, worker = w.client(), w.worker()
+    run = client.submit()
+    old, lease = worker.route, worker.the_lease()
+    worker.hello()
+    new, worker.route = worker.route, old
+    worker.answer(lease)
+    assert client.row(run).num_finals == 1
+    assert w.counters["unattached"] == 0
+    worker.route = new
+    worker.ready([])
+    assert w.counters["leases_lost_on_the_way"] == 0
+    worker.route = old
+    worker.send(p.WorkerFinal(lease=lease, answers=[]))
+    assert w.counters["unattached"] == 1, "it has said what it holds"
+
+
 def test_a_worker_whose_predecessor_has_ended_says_so() -> None:
     """Where the kernel does not tell the broker of a process's end: what it held is suspect at once, and its name free."""
     w = World(liveness_s=5.0)
