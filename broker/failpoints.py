@@ -93,7 +93,7 @@ def parse(text: str, folder: Path | None = None) -> dict[str, Failpoint]:
     """
     made = dict[str, Failpoint]()
     for part in filter(None, (part.strip() for part in text.split(";"))):
-        site, _, what = part.partition("=")
+        site, what = (word.strip() for word in part.split("=", 1)) if "=" in part else (part, "")
         how, _, nth = what.partition("@")
         action, _, argument = how.partition(":")
         if site not in SITES:
