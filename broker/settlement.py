@@ -81,11 +81,12 @@ class Settlement:
             self._state.journal.record(run, [outcome])
 
     def _pass_on(self, run: Run, follower: Run, start: int, stop: int, at: int) -> None:
-        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""
+        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone; a durable
+        task's every end, since the journal knows of one task only."""
         for piece in follower.overlapping(start, stop):
             if piece.state != QUEUED or piece.entry is not None:
                 continue
-            if self._outcome in (CANCELLED, EXPIRED):
+            if self._outcome in (CANCELLED, EXPIRED) and not run.number:
                 self._state.kernels.park(follower)  # until the turn, if the kernel is there
                 return
             first = max(start, piece.start)

@@ -374,6 +374,24 @@ def test_a_second_client_that_waited_for_the_outcome_acknowledges_it(has_cancell
     assert (len(w.state.journal._kept) == 1) is has_cancelled, "what it has not got it cannot acknowledge"
 
 
+@pytest.mark.parametrize("how", [p.Code.DEADLINE, p.Code.CANCELLED])
+def test_a_second_submission_with_the_key_shares_every_end_of_the_first(how: str) -> None:
+    """It is one task: if the second went on alone, in memory, it would have been accepted and could be lost."""
+    w = durable_world(session_ttl_s=1e6, liveness_s=1e6)
+    first, second = w.client("first"), w.client("second")
+    w.worker(batches=0)
+    one = submit(first, key=b"k", timeout_ms=5000.0)
+    two = second.submit(2, block=tensor_rows(one, 2), is_durable=True, wants_accepted=True, key=b"k")
+    w.commit()
+    assert len(second.take(p.Accepted)) == 1
+    if how == p.Code.CANCELLED:
+        first.send(p.Cancel(id=one, start=0, stop=2))
+    w.advance(6.0)
+    w.commit()
+    assert second.results(two, 2) == first.results(one, 2) == [how] * 2
+    assert w.state.ledger.num_open == 0, "whatever is open is on disk"
+
+
 def test_an_outcome_that_nobody_fetches_goes_after_its_time() -> None:
     w = durable_world(result_ttl_s=1000.0, session_ttl_s=10.0, liveness_s=1e6)
     worker, client = w.worker(), w.client()
