@@ -240,6 +240,12 @@ def on_wave(world: World, site: str) -> None:
     world.begin_wave()
 
 
+def on_new_file(world: World, site: str) -> None:
+    """A broker begins a payload file with its first large frame."""
+    world.restart()
+    on_wave(world, site)
+
+
 def on_acceptance(world: World, site: str) -> None:
     """Nothing runs meanwhile: what is accepted too early has no outcome before the broker dies, and is lost."""
     workers = world.workers()
@@ -256,6 +262,7 @@ TRIGGERS = {
     "broker.received.attach": on_start, "broker.received.workerhello": on_start, "broker.received.ready": on_start,
     "broker.restore": on_start, "broker.received.control": on_drop, "broker.decided.control": on_drop,
     "broker.committing.erase": on_drop, "broker.committed.erase": on_drop, "broker.payload.unlinked": on_unlink,
+    "broker.payload.begun": on_new_file,
     "broker.committing.died": on_death, "broker.committed.died": on_death, "broker.backup": on_backup,
     "broker.stop": on_stop,
 }  # fmt: skip
