@@ -136,11 +136,18 @@ class World:
             self.begin_wave()
         assert self.work is not None
         work, self.work = self.work, None
-        work.result(LIMIT_S)
+        try:
+            work.result(LIMIT_S)
+        except TimeoutError as e:
+            raise AssertionError(f"not settled: {self.log.unsettled()}\n{self.client.jobs()}\n{self.story()}") from e
         if self.num_waves:
             self.tell_doomed()  # perhaps once more
             settled = f"settled {self.num_waves}\n"
             until(lambda: settled in self.run.log("doomed"), f"the other client's wave {self.num_waves} is settled", LIMIT_S)
+
+    def story(self) -> str:
+        """The ends of all logs."""
+        return "\n".join(f"{name}:\n{self.run.log(name)[-1500:]}" for name in (*self.run.processes, "doomed"))
 
     def drop(self, key: str) -> None:
         try:
