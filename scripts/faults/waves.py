@@ -1,6 +1,7 @@
 """A client that keeps account: waves of tasks of every sort, each logged before it is sent and when its outcome has come.
 
-    python waves.py URL LOG NAME NUM_TASKS     goes on where an earlier process of this name was killed
+    python waves.py URL LOG NAME NUM_TASKS     goes on where an earlier process of this name was killed; then plays a wave for
+                                               each line that it reads, a number, and says so in a line when it is settled
 
 Knows the client's verbs and `accounting.py`; does not know who is killed meanwhile. What a key's number says: every third
 task is not durable, every fourth is too large for a row of the journal, every fifth is fetched by its key, every twelfth has an
@@ -46,12 +47,13 @@ def num_copies(key: str) -> int:
 
 
 def play(ps: Client, log: Log, keys: Iterable[str], limit_s: float = LIMIT_S) -> None:
-    """Submit all of these, or fetch what an earlier life submitted; see each accepted and its outcome delivered.
+    """Submit all of these, or fetch what was accepted in an earlier life; see each accepted and its outcome delivered.
 
     Delivered is what a callback is told, so that a client which tells twice is seen. Raises TimeoutError.
     """
     num_told = threading.Semaphore(0)
-    tasks = {key: _begin(ps, log, key) for key in keys}
+    begun = {key: _begin(ps, log, key) for key in keys}
+    tasks = {key: task for key, task in begun.items() if task is not None}
     for key, task in tasks.items():
         if is_durable(key) and _is_accepted(task):
             log.accepted(key)
@@ -68,12 +70,14 @@ def _number(key: str) -> int:
     return int(key.rpartition("-")[2])
 
 
-def _begin(ps: Client, log: Log, key: str) -> Task:
-    if is_durable(key) and _number(key) % 2 == 0 and log.knows(key):
+def _begin(ps: Client, log: Log, key: str) -> Task | None:
+    """None: the broker does not know what it had accepted. That is noted: submitted again, it would not be seen."""
+    if log.has_promise(key):
         try:
             return ps.fetch(key=key, take=True, timeout=LIMIT_S)
         except (UnknownTask, ResultGone):
-            pass  # it was never accepted, or was acknowledged by a life that did not live to note it: submitted again
+            log.gone(key)
+            return None
     data = log.submitted(key, is_durable(key), LARGE_BYTES if is_large(key) else 0)
     options = ps.options(durable=is_durable(key), idempotency_key=key, timeout=None)
     return options.submit(KERNEL, data=data, num_copies=num_copies(key))
@@ -104,7 +108,12 @@ def _deliver(log: Log, key: str, num_told: threading.Semaphore, task: Task) -> N
 def main(url: str, path: str, name: str, num_tasks: int) -> None:
     log = Log(Path(path), name)
     with Client(url, name=name, connect_timeout=LIMIT_S) as ps:
-        play(ps, log, keys(log, num_tasks))
+        play(ps, log, log.unsettled())
+        ps.status(timeout=LIMIT_S)
+        print("connected", flush=True)
+        for wave in sys.stdin:
+            play(ps, log, keys(log, num_tasks, int(wave)))
+            print("settled", wave.strip(), flush=True)
     log.ended()
 
 
