@@ -22,18 +22,20 @@ from pathlib import Path
 
 import soak
 from accounting import DONE, FAILED, Account, settle
+from load import FORGOTTEN
 from nemesis import BROKER, KINDS, Done, Nemesis, schedule
 from stage import CLIENTS, WORKER_OF, WORKERS, Stage, missing_rights, new_folder
 
 from penstock.broker.protocol import Code
 from penstock.client import Client, PenstockError
 
-READY_S, FINISH_S, SAY_S, TURN_S = 90.0, 120.0, 5.0, 0.05
-POISON_S = 45.0
+READY_S, FINISH_S, ASK_S, SAY_S, TURN_S = 90.0, 120.0, 15.0, 5.0, 0.05
+POISON_S = 75.0
 SPARED_FROM_S = 60.0
 SPARED = (BROKER, "s0", "s1", "w0")
 """In a soak these live on after the first minute, so that what they leak can be seen."""
 SOAK_KINDS = ("kill", "stop", "partition")
+SOAK_RATE = 3.0
 GAP_S, SOAK_GAP_S = (2.0, 6.0), (8.0, 16.0)
 EXPECTED = {"poison": {Code.DEAD}, "cancel": {Code.CANCELLED}}
 """What tasks may fail with, by what they are for; all others have to be done."""
@@ -74,6 +76,7 @@ class Ending:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.seed = random.SystemRandom().randrange(1_000_000) if args.seed is None else args.seed
+    args.rate = args.rate or (SOAK_RATE if args.soak else 1.0)
     args.gap_s = args.gap_s or (SOAK_GAP_S if args.soak else GAP_S)
     kinds = _kinds(args)
     for kind, why in missing_rights(kinds).items():
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     folder = new_folder()
     print(f"seed {args.seed}, faults: {', '.join(kinds) or 'none'}; everything is logged in {folder}", flush=True)
-    stage = Stage(folder, kinds, args.seed, POISON_S if "poison" in kinds else 0.0)
+    stage = Stage(folder, kinds, args.seed, POISON_S if "poison" in kinds else 0.0, args.rate)
     is_good = False
     try:
         is_good = _run(args, kinds, stage)
@@ -109,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
         help="spare broker, supervisors and one worker after a minute, judge their growth, and plot it: .svg, .png or .pdf",
     )  # fmt: skip
     p.add_argument("--gap-s", type=float, nargs=2, metavar=("MIN", "MAX"), help="between two faults (default 2 6; soak 8 16)")
+    p.add_argument("--rate", type=float, help="how many times as much as usual the clients submit (default 1; soak 3)")
     p.add_argument("--keep", action="store_true", help="keep the folder with the logs in any case")
     return p
 
@@ -121,8 +125,8 @@ def _kinds(args: argparse.Namespace) -> list[str]:
 
 
 def _again(args: argparse.Namespace, kinds: Sequence[str]) -> str:
-    gap = "--gap-s {:g} {:g} ".format(*args.gap_s)
-    return f"--minutes {args.minutes:g} --seed {args.seed} {gap}" + (f"--faults {','.join(kinds)}" if kinds else "--no-faults")
+    given = f"--minutes {args.minutes:g} --seed {args.seed} --gap-s {args.gap_s[0]:g} {args.gap_s[1]:g} --rate {args.rate:g} "
+    return given + (f"--faults {','.join(kinds)}" if kinds else "--no-faults")
 
 
 def _run(args: argparse.Namespace, kinds: Sequence[str], stage: Stage) -> bool:
@@ -205,8 +209,8 @@ class Tail:
 def _ending(ps: Client, stage: Stage, late: list[str]) -> Ending:
     held, num_open = set[str](), -1
     try:
-        num_open = ps.status(timeout=READY_S)["tasks"]["open"]
-        held = {job["key"].partition("/")[2] for job in ps.jobs(timeout=READY_S) if job["key"]}
+        num_open = ps.status(timeout=ASK_S)["tasks"]["open"]
+        held = {job["key"].partition("/")[2] for job in ps.jobs(timeout=ASK_S) if job["key"]}
     except (PenstockError, TimeoutError) as e:
         print(f"the broker does not answer at the end: {e}")
     stage.close()
@@ -238,7 +242,7 @@ def _tell(ending: Ending, nemesis: Nemesis, stage: Stage) -> bool:
         ("dead (poison)", account.failed[Code.DEAD]), ("cancelled", account.failed[Code.CANCELLED]),
         ("refused", len(account.refused)), ("indeterminate", len(account.indeterminate)),
         ("lives of clients", account.num_lives),
-        ("lost", len(account.lost)), ("unexpected", len(account.unexpected)), ("wrong owner", len(account.wrong_owner)),
+        ("lost", len(account.lost) + account.failed[FORGOTTEN]), ("unexpected", len(account.unexpected)), ("wrong owner", len(account.wrong_owner)),
         ("duplicates", len(account.duplicates)),
     ]  # fmt: skip
     for name, number in rows:
@@ -279,7 +283,7 @@ def _ends(folder: Path) -> dict[str, list[tuple[float, float]]]:
     made = defaultdict[str, list[tuple[float, float]]](list)
     for path in folder.glob("*.times"):
         for end, begun, worker in _times(path):
-            for party in (path.stem, worker, BROKER):
+            for party in (path.stem, worker.split("-")[0], BROKER):  # the broker may call it w0-2
                 made[party].append((end, begun))
     for ends in made.values():
         ends.sort()

@@ -1,6 +1,6 @@
 """One client of `scripts/chaos`, as a process of its own: submits, logs what it did and saw, and comes back after its death.
 
-    python load.py KIND --name NAME --url URL --folder DIR [--key FILE] [--poison-s S] [--seed N]
+    python load.py KIND --name NAME --url URL --folder DIR [--key FILE] [--poison-s S] [--seed N] [--rate R]
 
 Runs until there is a file `end` in its folder; then it submits nothing new, waits for the end of everything, says so in its
 log and ends with 0. Killed and started again, it asks for whatever its log has no end of. `NAME.log` is for the account
@@ -10,6 +10,7 @@ worker made it.
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import queue
@@ -17,24 +18,25 @@ import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accounting import Log
+from accounting import ACCEPTED, Log
 
 from penstock.broker.protocol import Code
 from penstock.client import Client, PenstockError, Task, UnknownTask
 
 CONNECT_S = 120.0
-PAUSES_MS = (0.0, 0.0, 2.0, 10.0, 40.0)
+PAUSES_MS, LONG_MS = (0.0, 0.0, 2.0, 10.0, 40.0), 300.0
 LARGE_BYTES, LARGE_COPIES = 2 << 20, 1 << 15  # 2 MiB in, 1 MiB out: both through shared memory on one machine
-NO_EVIDENCE = "dead_without_evidence"
+NO_EVIDENCE, FORGOTTEN = "dead_without_evidence", "forgotten_by_the_broker"
 END = "end"
 TRANSIENT = (Code.OVERLOADED, Code.UNAVAILABLE, Code.UNKNOWN_KERNEL, "timeout")
 """Nothing was promised, or nobody could tell: it is asked for, or submitted, again after `AGAIN_S`."""
 AGAIN_S = 0.5
+FIRST_POISON_S = 8.0
 ASK_S = 30.0
 Ended = queue.SimpleQueue[tuple[str, Task]]
 
@@ -45,7 +47,7 @@ class Kind:
 
     Attributes:
         rate: tasks per second at most; window: tasks under way; durable: share of its tasks that are durable.
-        large: share with large content and answer; cancel: share that it cancels.
+        large: share with large content and answer; long: share that takes `LONG_MS`; cancel: share that it cancels.
         life_s: it kills itself after about so long; 0: never.
     """
 
@@ -53,6 +55,7 @@ class Kind:
     window: int
     durable: float = 0.0
     large: float = 0.0
+    long: float = 0.0
     cancel: float = 0.0
     life_s: float = 0.0
 
@@ -60,7 +63,7 @@ class Kind:
 KINDS = {
     "durable": Kind(rate=25.0, window=32, durable=1.0, large=0.02),
     "canceller": Kind(rate=15.0, window=16, durable=0.5, cancel=0.5),
-    "mortal": Kind(rate=10.0, window=16, durable=0.9, life_s=20.0),
+    "mortal": Kind(rate=10.0, window=16, durable=0.9, long=0.1, life_s=20.0),
     "large": Kind(rate=2.0, window=4, durable=0.5, large=1.0),
 }
 """Those that keep a window of tasks under way; the others have loops of their own, `LOOPS`."""
@@ -79,9 +82,10 @@ class Load:
         self._times = os.open(args.folder / f"{args.name}.times", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._prefix = "" if args.key else f"{args.name}/"  # on ipc all clients are one principal
         self._poison_s = args.poison_s
-        self._poison_at = time.monotonic() + args.poison_s if args.poison_s else math.inf
+        self._poison_at = time.monotonic() + FIRST_POISON_S if args.poison_s else math.inf
         self._begun: dict[str, float] = {}
-        self._accepted: set[str] = set()
+        self._accepted = accepted_keys(path)
+        self._again_before: set[str] = set()
         self._end = args.folder / END
 
     @property
@@ -116,7 +120,7 @@ class Load:
         is_large = key.startswith("large")
         self._begun[key] = time.monotonic()
         data = self.log.submitted(key, is_durable(key), LARGE_BYTES if is_large else 0)
-        pause_ms = PAUSES_MS[sum(key.encode()) % len(PAUSES_MS)]
+        pause_ms = LONG_MS if key.startswith("long") else PAUSES_MS[sum(key.encode()) % len(PAUSES_MS)]
         return {"data": data, "num_copies": LARGE_COPIES if is_large else 1, "pause_ms": pause_ms}
 
     def wire_key(self, key: str) -> str:
@@ -127,16 +131,29 @@ class Load:
         ps = self.ps.options(durable=True, idempotency_key=self.wire_key(key)) if is_durable(key) else self.ps
         return ps.submit("risky", **content)
 
+    def is_promised(self, key: str) -> bool:
+        """Durable, and known to be accepted, in whichever life: the broker must know it until its outcome was delivered."""
+        return is_durable(key) and key in self._accepted
+
     def wait_accepted(self, key: str, task: Task) -> None:
         """If it is refused instead, that is its outcome."""
         with contextlib.suppress(PenstockError):
             task.accepted()
             self.log.accepted(key)
             self._accepted.add(key)
+            if task._run.is_again:
+                self._again_before.add(key)
+
+    def is_forgotten(self, key: str, task: Task) -> bool:
+        """The broker did not know it any more, and the SDK has submitted it again: only before it was accepted may that be."""
+        return self.is_promised(key) and task._run.is_again and key not in self._again_before
 
     def end_task(self, key: str, task: Task) -> None:
         """One that has ended."""
         error = task.exception()
+        if self.is_forgotten(key, task):
+            self.log.failed(key, FORGOTTEN)
+            return
         self.end(key, None if error else task.result(), error, task.timings.get("worker", "-"))
 
     def end(self, key: str, value: Any, error: PenstockError | TimeoutError | None, worker: str = "-") -> None:
@@ -158,6 +175,12 @@ class Load:
         until = time.monotonic() + seconds
         while not self.is_stopping and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
+
+
+def accepted_keys(log: Path) -> set[str]:
+    """Of all lives."""
+    lines = map(json.loads, log.read_bytes().splitlines())
+    return {line["key"] for line in lines if line["is"] == ACCEPTED}
 
 
 def is_durable(key: str) -> bool:
@@ -193,15 +216,19 @@ def _draw_key(load: Load, kind: Kind) -> str:
     """What a task is for stands in its name, so that a later life knows as well."""
     if load.is_poison_due():
         return load.new_key("poison-d")
-    purpose = "cancel" if load.random.random() < kind.cancel else "large" if load.random.random() < kind.large else "small"
+    shares = {"cancel": kind.cancel, "large": kind.large, "long": kind.long}
+    purpose = next((purpose for purpose, share in shares.items() if load.random.random() < share), "small")
     return load.new_key(f"{purpose}-{'d' if load.random.random() < kind.durable else 'm'}")
 
 
 def _start(load: Load, key: str, ended: Ended, is_back: bool = False) -> bool:
     """Submit a task, or find the one that was submitted before; whether there will be an outcome."""
     try:
-        task = _find(load, key) if is_back else None
+        task = _find(load, key) if is_back and load.is_promised(key) else None
         task = task or load.submit(key)
+    except UnknownTask as e:
+        load.log.unsure(key, e.code)  # not submitted again: it is lost
+        return False
     except (PenstockError, TimeoutError) as e:
         load.end(key, None, e)
         return False
@@ -213,13 +240,15 @@ def _start(load: Load, key: str, ended: Ended, is_back: bool = False) -> bool:
 
 
 def _find(load: Load, key: str) -> Task | None:
-    """The durable task of an earlier life, or nothing: then it is submitted again, which must bring the same one."""
-    if not is_durable(key) or load.random.random() < 0.5:
-        return None
-    try:
+    """The durable task of an earlier life, or nothing: then it is submitted again, which must bring the same one.
+
+    Raises:
+        UnknownTask: the broker has lost what it promised to keep.
+    """
+    if load.random.random() < 0.5:
         return load.ps.fetch(key=load.wire_key(key), take=True, timeout=ASK_S)
-    except UnknownTask:
-        return None
+    load.ps.job(key=load.wire_key(key), timeout=ASK_S)
+    return None
 
 
 def run_map(load: Load) -> None:
@@ -302,10 +331,12 @@ def main() -> int:
     p.add_argument("--key", type=Path)
     p.add_argument("--poison-s", type=float, default=0.0, help="a task that ends its worker so often; 0: none")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--rate", type=float, default=1.0, help="times as much as its kind says")
     args = p.parse_args()
     load = Load(args)
     if args.kind in KINDS:
-        run_window(load, KINDS[args.kind])
+        kind = KINDS[args.kind]
+        run_window(load, replace(kind, rate=args.rate * kind.rate))
     else:
         LOOPS[args.kind](load)
     load.log.ended()

@@ -201,7 +201,7 @@ def _panel(axis: Any, label: str, members: Sequence[Series]) -> None:
     for s in members:
         gaps = np.flatnonzero(np.diff(s.times) > 3 * WINDOW_S) + 1
         x, y = np.insert(np.array(s.times) / 60, gaps, np.nan), np.insert(np.array(s.values), gaps, np.nan)
-        axis.plot(x, y, linewidth=1.1, label=s.name.removeprefix(f"{s.kind} "))
+        axis.plot(x, y, linewidth=1.1, label=s.kind if s.kind in ("p50", "p99") else s.name.removeprefix(f"{s.kind} "))
     axis.set_ylabel(label, fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(axis="y", color="0.85", linewidth=0.6)
@@ -210,4 +210,4 @@ def _panel(axis: Any, label: str, members: Sequence[Series]) -> None:
     else:
         axis.set_ylim(bottom=0)
     if len(members) > 1:
-        axis.legend(fontsize=7, ncols=len(members), loc="upper right", framealpha=0.8)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

@@ -29,13 +29,13 @@ STOP_S = 15.0
 RESTART_S = {"broker": 0.3, "supervisor": 0.3, "client": 1.0}
 JOURNAL_FAILED = 4
 """The broker's exit status when its disk is full."""
-DISK_BYTES = 256 << 20
+DISK_BYTES = 512 << 20
 LOW_BYTES, MIN_FREE_BYTES = 8 << 20, 32 << 20
 SETTINGS = f"""[broker]
 journal = "disk"
 session_ttl_s = 10
-dedup_window_s = 60
-dedup_bytes = {32 << 20}
+dedup_window_s = 30
+dedup_bytes = {64 << 20}
 min_free_bytes = {MIN_FREE_BYTES}
 drain_s = 2
 max_attempts = 4
@@ -83,12 +83,14 @@ class Stage:
 
     Args:
         folder: new, with a short path; kinds: of faults, for what they need; poison_s: a poison task so often; 0: none.
+        rate: how many times as much as usual the clients submit.
     """
 
     folder: Path
     kinds: Collection[str]
     seed: int = 0
     poison_s: float = 0.0
+    rate: float = 1.0
     actors: dict[str, Actor] = field(default_factory=dict)
     surprises: list[Surprise] = field(default_factory=list)
     starts: list[tuple[float, str]] = field(default_factory=list)
@@ -125,7 +127,7 @@ class Stage:
             self._add(f"s{i}", "supervisor", [*worker, "--name", name, *where])
         for name, kind in CLIENTS:
             where = ["--url", far, "--key", str(keys[name])] if name in keys else ["--url", self.url]
-            more = ["--folder", str(self.folder), "--seed", str(self.seed)]
+            more = ["--folder", str(self.folder), "--seed", str(self.seed), "--rate", str(self.rate)]
             if kind == "durable":
                 more += ["--poison-s", str(self.poison_s)]
             self._add(name, "client", [sys.executable, str(HERE / "load.py"), kind, "--name", name, *where, *more])

@@ -46,6 +46,7 @@ def test_a_short_run() -> None:
     kinds = "kill,stop,restart,poison"
     numbers, said = run(110, "--minutes", "0.25", "--seed", "4", "--gap-s", "1.5", "2.5", "--faults", kinds)
     assert numbers["done"] > 100, said
+    assert numbers["dead (poison)"] > 0, said
     assert int(re.findall(r"(\d+) faults", said)[-1]) >= 3, said
 
 

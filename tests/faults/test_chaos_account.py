@@ -19,7 +19,7 @@ def times(folder: Path, name: str, *lines: tuple[float, float, str]) -> None:
 
 
 def test_recovery_is_when_tasks_of_who_was_hit_end_again(tmp_path: Path) -> None:
-    times(tmp_path, "alice", (11.0, 9.0, "w0"), (12.0, 10.5, "w1"), (16.0, 10.6, "w0"), (31.0, 30.5, "w0"))
+    times(tmp_path, "alice", (11.0, 9.0, "w0"), (12.0, 10.5, "w1"), (16.0, 10.6, "w0-2"), (31.0, 30.5, "w0"))
     times(tmp_path, "bob", (14.0, 10.2, "w1"), (22.0, 21.0, "w1"))
     done = [
         Done(Fault(0, "kill", "w0"), 10.0, 10.0),  # the end at 11 was under way before
