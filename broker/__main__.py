@@ -2,11 +2,12 @@
 
 import argparse
 import functools
+import logging
 import resource
 import sys
 from pathlib import Path
 
-from penstock.broker import logs
+from penstock.broker import failpoints, logs
 from penstock.broker.address import Address, AddressError
 from penstock.broker.configuration import load_settings
 from penstock.broker.door import AlreadyRunning
@@ -43,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     logs.configure(args.pop("log_level"), "%(asctime)s %(name)s %(levelname)s %(message)s")
+    if failpoints.ARMED:
+        logging.getLogger("penstock.broker").warning("failpoints are armed: %s", failpoints.armed())
     file = args.pop("config")
     load = functools.partial(load_settings, file, args)
     try:

@@ -22,6 +22,7 @@ from penstock.broker.configuration import Configuration, Settings
 from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.door import AlreadyRunning, Door
 from penstock.broker.durable import DurableJournal
+from penstock.broker.failpoints import ARMED, hit, hit_message
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
 from penstock.broker.gate import Gate
 from penstock.broker.journal import Journal
@@ -148,9 +149,13 @@ class Server:
         if not self.core.state.journal.is_durable:
             return
         began = time.monotonic()
+        if ARMED:
+            hit("broker.restore.begun")
         self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
         self._promises = Promises(store, self._send)
         num_open = self.core.restore(store.load(), began)
+        if ARMED:
+            hit("broker.restore.done")
         self._poller.register(store.fileno(), zmq.POLLIN)
         read_s = time.monotonic() - began
         log.info("journal in %s: %d durable tasks go on, read in %.1f s", self._folder / "journal", num_open, read_s)
@@ -210,6 +215,8 @@ class Server:
         self._context.term()
         if self._store is not None:
             self._store.close()
+        if ARMED:
+            hit("broker.stop.closed")
         if self._lock is not None:
             self._lock.close()
 
@@ -227,8 +234,12 @@ class Server:
         self._notifier.stopping(f"stopping: {self._status()}", self.config.drain_s + CLOSE_S)
         log.info("stopping: %d open tasks may finish within %.0f s", self.core.state.ledger.num_open, self.config.drain_s)
         self._handle(Stop())
+        if ARMED:
+            hit("broker.stop.begun")
         while not self.core.is_idle and self._signals.num_stops == 1 and time.monotonic() < self._stop_at:
             self._turn(self._wait_ms())
+        if ARMED:
+            hit("broker.stop.drained")
         self._perform(self.core.farewell())
         # A peer drops what it has not read when its connection ends, so the last messages get a moment to be read.
         end = time.monotonic() + FAREWELL_S
@@ -337,6 +348,8 @@ class Server:
         except ProtocolError as e:
             self._handle(Malformed(door.side, route, str(e)))
             return
+        if ARMED:
+            hit_message("broker.received", message)
         if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
             principal, pid = door.identify(first)
         if isinstance(message, WorkerHello | Share):
@@ -351,13 +364,18 @@ class Server:
         self._perform([Send(door.side, route, _REVOKED)])
 
     def _handle(self, event: Any) -> None:
-        self._perform(self.core.handle(event, time.monotonic()))
+        actions = self.core.handle(event, time.monotonic())
+        if ARMED and isinstance(event, Received):
+            hit_message("broker.decided", event.message)
+        self._perform(actions)
 
     def _perform(self, actions: list[Send]) -> None:
         self._promises.perform(actions, self.core.take_writes())
 
     def _send(self, action: Send) -> None:
         s, frames = self._doors[action.route[0]].socket, encode(action.message)
+        if ARMED:
+            hit_message("broker.sending", action.message)
         try:
             s.send(action.route[1:], _SNDMORE | _NOBLOCK)
         except zmq.ZMQError as e:
@@ -370,6 +388,8 @@ class Server:
         for frame in frames:
             s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
         s.send(last, 0, copy=not isinstance(last, zmq.Frame))
+        if ARMED:
+            hit_message("broker.sent", action.message)
 
 
 def _journal(config: BrokerConfig, now: float) -> Journal:

@@ -15,6 +15,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from penstock.broker.columns import FRAMED_ROW_BYTES, Buffer
 from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
+from penstock.broker.failpoints import ARMED, hit_message
 from penstock.broker.keys import OwnKey
 from penstock.client.session import Session
 
@@ -89,6 +90,8 @@ class Link:
                 if frames is None:
                     break
                 _send(socket, frames)
+                if ARMED:
+                    hit_message("client.sent", session.taken)
             session.can_send = bool(events & _POLLOUT)
             self.due = session.next_deadline()
             if now < self.due:

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from penstock.broker import protocol
 from penstock.broker.columns import Buffer, any_shared
+from penstock.broker.failpoints import ARMED, hit_message
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Code, Error
 from penstock.broker.segments import SegmentError
@@ -52,6 +53,8 @@ class Session:
         """Told by the driver: what is due to be sent does not count as due while the socket cannot."""
         self.specs_version = 0
         """Grows when what is known of kernels may be out of date."""
+        self.taken: Message | None = None
+        """The last message that `take` gave, where failpoints are armed."""
         self._receipts = Receipts()
         self._questions = Questions()
         self._outbox: deque[Message] = deque()
@@ -143,6 +146,9 @@ class Session:
                 if type(message) is protocol.Submit and message.block.layout.num_framed:
                     self.memory.lend([message.block])
                 self.connection.last_sent = now
+                if ARMED:
+                    self.taken = message
+                    hit_message("client.sending", message)
                 return frames
         return None
 
@@ -182,7 +188,11 @@ class Session:
         except ProtocolError as e:
             self._fault(f"a message that cannot be read came from the broker: {e}")
         else:
+            if ARMED:
+                hit_message("client.received", message)
             _HANDLERS[type(message)](self, message, frames, now)
+            if ARMED:
+                hit_message("client.taken", message)
 
     def tick(self, now: float) -> None:
         """Do what is due by the clock."""

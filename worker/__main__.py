@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from penstock.broker import logs
+from penstock.broker import failpoints, logs
 from penstock.broker.address import Address, AddressError
 from penstock.broker.keys import KeyProblem, OwnKey, find_key
 from penstock.broker.settings import SettingsError, load
@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"penstock worker: {e}", file=sys.stderr)
         return USAGE_STATUS
     logs.configure(config.log_level, "%(asctime)s %(levelname).1s %(message)s")
+    if failpoints.ARMED:
+        logging.getLogger("penstock.worker").warning("failpoints are armed: %s", failpoints.armed())
     if is_unsupervised:
         return serve(config, address, key, page, fault)
     from penstock.worker.supervisor import Supervisor

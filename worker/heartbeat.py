@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import zmq
 
+from penstock.broker.failpoints import ARMED, hit
 from penstock.broker.keys import OwnKey
 from penstock.broker.protocol import TO_WORKER, Code, Fault, Heartbeat, WorkerHeartbeat
 from penstock.broker.wire import ProtocolError, decode, encode
@@ -111,6 +112,8 @@ class Heart(threading.Thread):
         progress, memory = self._facts()
         if self._asked_at is None:
             self._asked_at = time.monotonic()
+        if ARMED:
+            hit("worker.sending.heartbeat")
         return send(socket, encode(WorkerHeartbeat(session=self._secret, progress=progress, memory=memory)))
 
     def _on_answer(self, socket: Socket) -> None:

@@ -19,6 +19,7 @@ import zmq
 from penstock.broker import protocol
 from penstock.broker.address import Address
 from penstock.broker.columns import Buffer
+from penstock.broker.failpoints import ARMED, hit, hit_message
 from penstock.broker.keys import OwnKey
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Error, Fault, Welcome
@@ -268,6 +269,8 @@ class Worker:
             self._drain_asked_at = time.monotonic()
             self._memory.is_ending = True  # the broker may look at the last answers when this process is gone
             log.info("worker %s drains: %d leases to finish", self._config.session_name, len(self._link.held))
+            if ARMED:
+                hit("worker.stop.begun")
             if self._link.state == ATTACHED:
                 self._send(encode(protocol.Drain()))
         if self._link.state == GREETED and time.monotonic() - self._greeted_at > HELLO_AGAIN_S:
@@ -351,6 +354,8 @@ class Worker:
             except ProtocolError as e:
                 log.warning("ignored a malformed message from the broker: %s", e)
                 continue
+            if ARMED:
+                hit_message("worker.received", message)
             self._on_message(message)
 
     def _send(self, item: "Outgoing") -> None:
@@ -374,8 +379,12 @@ class Worker:
             outbox.popleft()
 
     def _send_answers(self, frames: list[Buffer], answers: Sequence[Answer]) -> bool:
+        if ARMED:
+            hit("worker.sending.final")
         if not send(self._socket, frames):
             return False
+        if ARMED:
+            hit("worker.sent.final")
         self._memory.lend(answer.block for answer in answers if answer.block is not None)
         return True
 
@@ -383,6 +392,8 @@ class Worker:
 
     def _hello(self) -> None:
         message = encode(self._link.hello())
+        if ARMED:
+            hit("worker.sending.hello")
         self._greeted_at = time.monotonic()
         if not send(self._socket, message):
             self._link.lost()
@@ -450,9 +461,13 @@ class Worker:
             return
         facts = {**engine.facts, "fault": self._fault} if self._fault else engine.facts
         message = encode(self._link.ready(engine.specs, engine.runner.resident, facts))
+        if ARMED:
+            hit("worker.sending.ready")
         if not send(self._socket, message):
             self._link.lost()
             return
+        if ARMED:
+            hit("worker.sent.ready")
         self._fault = ""
         self._flush()
         if self._num_signals:

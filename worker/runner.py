@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from penstock.broker.columns import Block, gather
+from penstock.broker.failpoints import ARMED, hit
 from penstock.broker.protocol import Answer, Assign, Code, Error, Resident
 from penstock.kernels import Context, InvalidInput, Kernel
 from penstock.worker import devices, scan
@@ -309,6 +310,8 @@ class Batch:
         clock.num_runs += 1
         runner.num_runs += 1
         runner.watch.start(name, self.assign.predicted_ms)
+        if ARMED:
+            hit("worker.kernel.before")
         try:
             outputs = run(self.plan.kernel, inputs, runner.precisions.get(name))
             sums = scan.sums(outputs) if name in runner.scans else None
@@ -322,6 +325,8 @@ class Batch:
             runner.watch.stop(False)
             clock.compute_ms += clock.lap()
             return self.blame(describe(name, e), stop - start)
+        if ARMED:
+            hit("worker.kernel.after")
         runner.watch.stop(True)
         clock.d2h_ms += clock.lap()
         return block, bad

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from penstock.broker.failpoints import ARMED, hit
+
 HELD = "held"
 PAGES_PER_STEP = 256
 STEP_BYTES = 1 << 20
@@ -36,13 +38,19 @@ def back_up(source: Path, db: sqlite3.Connection, folder: Path, min_free_bytes: 
     part = folder.with_name(f"{folder.name}.part")
     part.mkdir(mode=0o700)
     try:
+        if ARMED:
+            hit("broker.backup.begun")
         (part / "payloads").mkdir(mode=0o700)
         _copy_database(db, part / "journal.sqlite", between)
         for path in _held(source):
             _copy_file(path, part / "payloads" / path.name, between)
         for path in (part / "payloads", part):
             _sync(path)
+        if ARMED:
+            hit("broker.backup.copied")
         part.rename(folder)
+        if ARMED:
+            hit("broker.backup.renamed")
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

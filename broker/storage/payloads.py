@@ -12,6 +12,7 @@ from pathlib import Path
 from zlib import crc32
 
 from penstock.broker.columns import Buffer, view
+from penstock.broker.failpoints import ARMED, hit
 from penstock.broker.storage.records import Corrupt
 
 _PLACE = struct.Struct("<cQQQI")
@@ -80,6 +81,8 @@ class Payloads:
                     del self._num_live[number]
                     if number != self._last:
                         self._path(number).unlink(missing_ok=True)
+                        if ARMED:
+                            hit("broker.payload.unlinked")
 
     def sweep(self) -> None:
         """Delete the files that no record named; after all were read."""
@@ -92,8 +95,12 @@ class Payloads:
     def sync(self) -> None:
         """What was written is on the disk. Raises OSError."""
         if self._is_dirty and self._file is not None:
+            if ARMED:
+                hit("broker.payload.written")
             os.fsync(self._file)
             self._is_dirty = False
+            if ARMED:
+                hit("broker.payload.synced")
 
     def close(self) -> None:
         if self._file is not None:
@@ -110,6 +117,8 @@ class Payloads:
             self._path(self._last).unlink(missing_ok=True)
         self._last += 1
         self._file, self._at = os.open(self._path(self._last), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600), 0
+        if ARMED:
+            hit("broker.payload.begun")
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)  # the file's name has to outlive a loss of power as well

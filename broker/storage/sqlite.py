@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from penstock.broker.columns import Buffer, frame_bytes
+from penstock.broker.failpoints import ARMED, hit, hit_records
 from penstock.broker.storage.backup import back_up, let_go
 from penstock.broker.storage.payloads import Payloads
 from penstock.broker.storage.records import Copy, Corrupt, Erase, Put, StorageError, Write, checksum, pack, unpack
@@ -92,6 +93,8 @@ class SqliteStore:
                 if put.task != task:
                     raise Corrupt("a record stands under another task")
                 num_records, crc_sum = num_records + 1, crc_sum + checksum(body)
+                if ARMED:
+                    hit("broker.restore.record")
                 yield Put(put.task, put.kind, self._payloads.resolve(put.frames))
         except (sqlite3.DatabaseError, Corrupt) as e:
             raise self._corrupt(e) from e
@@ -183,7 +186,11 @@ class SqliteStore:
         self._num_records, self._crc_sum = self._num_records + num_records, self._crc_sum + crc_sum
         db.execute("UPDATE total SET num_records = ?, crc_sum = ?", (self._num_records, self._crc_sum))
         self._payloads.sync()
+        if ARMED:
+            hit_records("broker.committing", map(_kind, writes))
         db.execute("COMMIT")
+        if ARMED:
+            hit_records("broker.committed", map(_kind, writes))
         for body in erased:
             self._payloads.release(unpack(body).frames)
 
@@ -229,6 +236,10 @@ class SqliteStore:
         self._payloads.close()
         os.close(self._read_fd)
         os.close(self._write_fd)
+
+
+def _kind(write: Put | Erase) -> int:
+    return write.kind if isinstance(write, Put) else 0
 
 
 def _open(path: Path) -> sqlite3.Connection:

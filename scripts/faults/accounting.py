@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 DIGEST_BYTES = 32
-BEGUN, SUBMITTED, ACCEPTED, REFUSED, DONE, FAILED, UNSURE, ENDED = (
-    "begun", "submitted", "accepted", "refused", "done", "failed", "unsure", "ended",
+BEGUN, SUBMITTED, ACCEPTED, REFUSED, DONE, FAILED, GONE, UNSURE, ENDED = (
+    "begun", "submitted", "accepted", "refused", "done", "failed", "gone", "unsure", "ended",
 )  # fmt: skip
 
 
@@ -66,8 +66,16 @@ class Log:
         self._write(BEGUN, client=client, pid=os.getpid())
 
     def unsettled(self) -> list[str]:
-        """The keys that this client submitted, in this life or earlier, and saw no end of: to be submitted again, or fetched."""
+        """The keys that were submitted, in this life or earlier, and have no outcome yet: to submit again, or to fetch."""
         return [key for key, of_key in self._history.items() if of_key.submissions and not of_key.is_settled]
+
+    def knows(self, key: str) -> bool:
+        """Whether this client has ever submitted it."""
+        return key in self._history
+
+    def has_promise(self, key: str) -> bool:
+        """Whether it was accepted as durable, so that the broker must know it."""
+        return key in self._history and self._history[key].is_accepted and self._history[key].is_durable
 
     def num_bytes(self, key: str) -> int:
         """How large the content of a key was."""
@@ -94,6 +102,10 @@ class Log:
         """Delivered as an error that is its outcome."""
         self._write(FAILED, key, code=code)
 
+    def gone(self, key: str) -> None:
+        """The broker does not know what it had promised to keep: lost, whatever comes of a second submission."""
+        self._write(GONE, key)
+
     def unsure(self, key: str, code: str) -> None:
         """The client cannot tell what became of it (no broker, taken over); whoever comes next has to ask again."""
         self._write(UNSURE, key, code=code)
@@ -119,10 +131,11 @@ class History:
     last: str = ""
     is_accepted: bool = False
     is_durable: bool = False
+    is_gone: bool = False
 
     @property
     def is_settled(self) -> bool:
-        return bool(self.outcomes) or (self.last == REFUSED and not self.is_accepted)
+        return bool(self.outcomes) or self.is_gone or (self.last == REFUSED and not self.is_accepted)
 
     def add(self, line: dict[str, Any]) -> None:
         self.last = line["is"]
@@ -133,6 +146,8 @@ class History:
             self.is_accepted = True
         elif self.last in (DONE, FAILED):
             self.outcomes.append(line)
+        elif self.last == GONE:
+            self.is_gone = True
 
 
 @dataclass
@@ -140,7 +155,8 @@ class Account:
     """What became of all submissions; lists hold `client/key`.
 
     Attributes:
-        lost: accepted durable, or submitted by a client that has ended by itself, and no outcome.
+        lost: accepted durable, or submitted by a client that has ended by itself, and no outcome; or the broker had forgotten
+            what it had promised.
         unexpected: an outcome, or something the broker holds, that nobody submitted.
         wrong_owner: the answer is not the digest of what this client submitted under this key.
         duplicates: delivered to the user more than once.
@@ -209,7 +225,9 @@ def _add(account: Account, name: str, client: str, key: str, history: History, h
     submissions, outcomes = history.submissions, history.outcomes
     account.num_submitted += bool(submissions)
     account.num_accepted += history.is_accepted
-    if outcomes:
+    if history.is_gone:
+        account.lost.append(name)
+    elif outcomes:
         if not submissions:
             account.unexpected.append(name)
             return

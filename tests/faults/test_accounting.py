@@ -84,6 +84,16 @@ def test_refused_when_submitted_again_does_not_take_the_acceptance_back(tmp_path
     assert Log(tmp_path / "c0.log", "c0").unsettled() == ["a"]
 
 
+def test_what_the_broker_has_forgotten_is_lost_even_if_it_is_done_later(tmp_path: Path) -> None:
+    log = finished(tmp_path)
+    assert log.has_promise("k0")
+    log.submitted("m", is_durable=False)
+    log.accepted("m")
+    assert not log.has_promise("m"), "it may die with the broker"
+    log.gone("k0")
+    assert account_of(tmp_path).lost == ["c0/k0"]
+
+
 def test_the_answer_of_another_client_or_task_is_seen(tmp_path: Path) -> None:
     log = finished(tmp_path)
     for key, found in (("x", answer("c1", "x")), ("y", answer("c0", "x")), ("z", b"")):

@@ -16,14 +16,15 @@ _WORDS = ("address", "columns", "curve", "errors", "keys", "protocol", "settings
 _MEMORY = ("arena", "peer_memory", "segments", "shared")
 PROTOCOL = tuple(f"penstock.broker.{name}" for name in (*_WORDS, *_MEMORY))
 
-# What every program has: log lines, and words to a service manager.
+# What every program has: log lines, and words to a service manager. And what a test can arm in all of them.
 PROCESS = ("penstock.broker.logs", "penstock.broker.notify")
+FAILPOINTS = "penstock.broker.failpoints"
 
 ALLOWED = {
     "broker": ("penstock.broker",),
-    "client": ("penstock.client", *PROTOCOL),
+    "client": ("penstock.client", FAILPOINTS, *PROTOCOL),
     "kernels": ("penstock.kernels",),
-    "worker": ("penstock.worker", "penstock.kernels", *PROCESS, *PROTOCOL),
+    "worker": ("penstock.worker", "penstock.kernels", FAILPOINTS, *PROCESS, *PROTOCOL),
 }
 
 # Import names of the base install's distributions that differ from the distributions' own.
