@@ -22,7 +22,6 @@ from pathlib import Path
 
 import soak
 from accounting import DONE, FAILED, Account, settle
-from load import FORGOTTEN
 from nemesis import BROKER, KINDS, Done, Nemesis, schedule
 from stage import CLIENTS, WORKER_OF, WORKERS, Stage, missing_rights, new_folder
 
@@ -46,6 +45,7 @@ one that asks for the tasks of others. As root on Linux the tcp worker and a cli
 
 What happens, every few seconds, as the seed says:
   kill       SIGKILL of the broker, a worker, a supervisor or a client
+  blackout   SIGKILL of all of them at once, as if the power were cut (what is written stays: the disk goes on)
   stop       SIGSTOP of any of them for 1 to 15 s
   restart    SIGTERM of the broker or a supervisor: it drains, and is started again
   partition  a worker's or a client's network is cut for 2 to 15 s (root)
@@ -89,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_good = False
     try:
         is_good = _run(args, kinds, stage)
+    except KeyboardInterrupt:
+        print("interrupted")
+        return 130
     finally:
         stage.close()
         if is_good and not args.keep:
@@ -126,7 +129,7 @@ def _kinds(args: argparse.Namespace) -> list[str]:
 
 def _again(args: argparse.Namespace, kinds: Sequence[str]) -> str:
     given = f"--minutes {args.minutes:g} --seed {args.seed} --gap-s {args.gap_s[0]:g} {args.gap_s[1]:g} --rate {args.rate:g} "
-    return given + (f"--faults {','.join(kinds)}" if kinds else "--no-faults")
+    return given + (f"--faults {','.join(kinds)}" if kinds else "--no-faults") + (f" --soak {args.soak}" if args.soak else "")
 
 
 def _run(args: argparse.Namespace, kinds: Sequence[str], stage: Stage) -> bool:
@@ -242,7 +245,7 @@ def _tell(ending: Ending, nemesis: Nemesis, stage: Stage) -> bool:
         ("dead (poison)", account.failed[Code.DEAD]), ("cancelled", account.failed[Code.CANCELLED]),
         ("refused", len(account.refused)), ("indeterminate", len(account.indeterminate)),
         ("lives of clients", account.num_lives),
-        ("lost", len(account.lost) + account.failed[FORGOTTEN]), ("unexpected", len(account.unexpected)), ("wrong owner", len(account.wrong_owner)),
+        ("lost", len(account.lost)), ("unexpected", len(account.unexpected)), ("wrong owner", len(account.wrong_owner)),
         ("duplicates", len(account.duplicates)),
     ]  # fmt: skip
     for name, number in rows:
@@ -307,7 +310,7 @@ def _tell_soak(args: argparse.Namespace, sampler: soak.Sampler, nemesis: Nemesis
     verdicts = [verdict for verdict in judged if verdict is not None]
     print(f"\ngrowth after {from_s:.0f} s; allowed: {soak.SHARE:.0%} of the median and a floor")
     print("\n".join(soak.table(verdicts)))
-    title = f"scripts/chaos {_again(args, list(stage.kinds))}: {len(nemesis.done)} faults"
+    title = f"scripts/chaos --minutes {args.minutes:g} --seed {args.seed} --soak: {len(nemesis.done)} faults"
     soak.plot(args.soak, series, [one.began - sampler.started_at for one in nemesis.done], from_s, title)
     print(f"plotted: {args.soak}")
     if not verdicts:

@@ -10,6 +10,7 @@ worker made it.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -31,8 +32,10 @@ from penstock.client import Client, PenstockError, Task, UnknownTask
 CONNECT_S = 120.0
 PAUSES_MS, LONG_MS = (0.0, 0.0, 2.0, 10.0, 40.0), 300.0
 LARGE_BYTES, LARGE_COPIES = 2 << 20, 1 << 15  # 2 MiB in, 1 MiB out: both through shared memory on one machine
-NO_EVIDENCE, FORGOTTEN = "dead_without_evidence", "forgotten_by_the_broker"
+NO_EVIDENCE = "dead_without_evidence"
 END = "end"
+VICTIM = "durable"
+"""The client whose tasks the stranger asks for."""
 TRANSIENT = (Code.OVERLOADED, Code.UNAVAILABLE, Code.UNKNOWN_KERNEL, "timeout")
 """Nothing was promised, or nobody could tell: it is asked for, or submitted, again after `AGAIN_S`."""
 AGAIN_S = 0.5
@@ -64,7 +67,7 @@ KINDS = {
     "durable": Kind(rate=25.0, window=32, durable=1.0, large=0.02),
     "canceller": Kind(rate=15.0, window=16, durable=0.5, cancel=0.5),
     "mortal": Kind(rate=10.0, window=16, durable=0.9, long=0.1, life_s=20.0),
-    "large": Kind(rate=2.0, window=4, durable=0.5, large=1.0),
+    "large": Kind(rate=1.0, window=4, durable=0.5, large=1.0),
 }
 """Those that keep a window of tasks under way; the others have loops of their own, `LOOPS`."""
 
@@ -73,20 +76,19 @@ class Load:
     """One life of a client."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        path = args.folder / f"{args.name}.log"
+        self.folder: Path = args.folder
+        path = self.folder / f"{args.name}.log"
         self._next = path.read_bytes().count(b'"submitted"') if path.exists() else 0
         self.log = Log(path, args.name)
         self.again: list[tuple[float, str]] = [(0.0, key) for key in self.log.unsettled()]
         self.random = random.Random(f"{args.seed} {args.name} {self._next}")
         self.ps = Client(args.url, name=args.name, key=args.key, timeout=None, connect_timeout=CONNECT_S)
-        self._times = os.open(args.folder / f"{args.name}.times", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._times = os.open(self.folder / f"{args.name}.times", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._prefix = "" if args.key else f"{args.name}/"  # on ipc all clients are one principal
         self._poison_s = args.poison_s
         self._poison_at = time.monotonic() + FIRST_POISON_S if args.poison_s else math.inf
         self._begun: dict[str, float] = {}
-        self._accepted = accepted_keys(path)
-        self._again_before: set[str] = set()
-        self._end = args.folder / END
+        self._end = self.folder / END
 
     @property
     def is_stopping(self) -> bool:
@@ -126,34 +128,43 @@ class Load:
     def wire_key(self, key: str) -> str:
         return self._prefix + key
 
-    def submit(self, key: str) -> Task:
+    def begin(self, key: str) -> Task | None:
+        """Submit a task, or find the one that was accepted before; None if that cannot be now."""
+        try:
+            return self._found(key) or self._submit(key)
+        except UnknownTask:
+            self.log.gone(key)
+        except (PenstockError, TimeoutError) as e:
+            self.end(key, None, e)
+        return None
+
+    def _found(self, key: str) -> Task | None:
+        """What was promised has to be there. Half of it is fetched; the rest, submitted again, must be the same task.
+
+        Raises:
+            UnknownTask: the broker has lost it.
+        """
+        if not self.log.has_promise(key):
+            return None
+        if self.random.random() < 0.5:
+            return self.ps.fetch(key=self.wire_key(key), take=True, timeout=ASK_S)
+        self.ps.job(key=self.wire_key(key), timeout=ASK_S)
+        return None
+
+    def _submit(self, key: str) -> Task:
         content = self.content(key)
         ps = self.ps.options(durable=True, idempotency_key=self.wire_key(key)) if is_durable(key) else self.ps
         return ps.submit("risky", **content)
-
-    def is_promised(self, key: str) -> bool:
-        """Durable, and known to be accepted, in whichever life: the broker must know it until its outcome was delivered."""
-        return is_durable(key) and key in self._accepted
 
     def wait_accepted(self, key: str, task: Task) -> None:
         """If it is refused instead, that is its outcome."""
         with contextlib.suppress(PenstockError):
             task.accepted()
             self.log.accepted(key)
-            self._accepted.add(key)
-            if task._run.is_again:
-                self._again_before.add(key)
-
-    def is_forgotten(self, key: str, task: Task) -> bool:
-        """The broker did not know it any more, and the SDK has submitted it again: only before it was accepted may that be."""
-        return self.is_promised(key) and task._run.is_again and key not in self._again_before
 
     def end_task(self, key: str, task: Task) -> None:
         """One that has ended."""
         error = task.exception()
-        if self.is_forgotten(key, task):
-            self.log.failed(key, FORGOTTEN)
-            return
         self.end(key, None if error else task.result(), error, task.timings.get("worker", "-"))
 
     def end(self, key: str, value: Any, error: PenstockError | TimeoutError | None, worker: str = "-") -> None:
@@ -164,7 +175,7 @@ class Load:
             return
         code = getattr(error, "code", "timeout")
         if code in TRANSIENT:
-            (self.log.unsure if key in self._accepted else self.log.refused)(key, code)
+            (self.log.unsure if self.log.has_promise(key) else self.log.refused)(key, code)
             self.again.append((time.monotonic() + AGAIN_S, key))
         else:
             has_evidence = code != Code.DEAD or getattr(error, "detail", "")
@@ -175,12 +186,6 @@ class Load:
         until = time.monotonic() + seconds
         while not self.is_stopping and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
-
-
-def accepted_keys(log: Path) -> set[str]:
-    """Of all lives."""
-    lines = map(json.loads, log.read_bytes().splitlines())
-    return {line["key"] for line in lines if line["is"] == ACCEPTED}
 
 
 def is_durable(key: str) -> bool:
@@ -198,7 +203,7 @@ def run_window(load: Load, kind: Kind) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if num_open < kind.window:
             if (key := load.due_again()) is not None:
-                num_open += _start(load, key, ended, is_back=True)
+                num_open += _start(load, key, ended)
                 continue
             if not load.is_stopping and now >= next_at:
                 next_at = max(next_at + 1.0 / kind.rate, now - 1.0)
@@ -221,34 +226,16 @@ def _draw_key(load: Load, kind: Kind) -> str:
     return load.new_key(f"{purpose}-{'d' if load.random.random() < kind.durable else 'm'}")
 
 
-def _start(load: Load, key: str, ended: Ended, is_back: bool = False) -> bool:
-    """Submit a task, or find the one that was submitted before; whether there will be an outcome."""
-    try:
-        task = _find(load, key) if is_back and load.is_promised(key) else None
-        task = task or load.submit(key)
-    except UnknownTask as e:
-        load.log.unsure(key, e.code)  # not submitted again: it is lost
-        return False
-    except (PenstockError, TimeoutError) as e:
-        load.end(key, None, e)
+def _start(load: Load, key: str, ended: Ended) -> bool:
+    """Begin with a task; whether there will be an outcome."""
+    task = load.begin(key)
+    if task is None:
         return False
     load.wait_accepted(key, task)
     if key.startswith("cancel"):
         task.ask_cancel()
     task.add_done_callback(lambda task: ended.put((key, task)))
     return True
-
-
-def _find(load: Load, key: str) -> Task | None:
-    """The durable task of an earlier life, or nothing: then it is submitted again, which must bring the same one.
-
-    Raises:
-        UnknownTask: the broker has lost what it promised to keep.
-    """
-    if load.random.random() < 0.5:
-        return load.ps.fetch(key=load.wire_key(key), take=True, timeout=ASK_S)
-    load.ps.job(key=load.wire_key(key), timeout=ASK_S)
-    return None
 
 
 def run_map(load: Load) -> None:
@@ -276,12 +263,7 @@ def run_slow(load: Load) -> None:
         keys = [load.new_key(f"small-{'d' if load.random.random() < 0.5 else 'm'}") for _ in range(60)]
         keys = [key for _, key in load.again] + (keys if not load.is_stopping else [])
         load.again.clear()
-        tasks = {}
-        for key in keys:
-            try:
-                tasks[key] = load.submit(key)
-            except PenstockError as e:
-                load.end(key, None, e)
+        tasks = {key: task for key in keys if (task := load.begin(key)) is not None}
         for key, task in tasks.items():
             load.wait_accepted(key, task)
         load.pause(load.random.uniform(2.0, 8.0))
@@ -305,18 +287,27 @@ def run_probe(load: Load) -> None:
 
 def run_stranger(load: Load) -> None:
     """Asks for tasks of another principal by their names, ends and forgets them: all of that must find nothing."""
-    verbs = (load.ps.cancel_job, load.ps.drop, partial(load.ps.fetch, take=True))
-    number = 0
+    verbs = itertools.cycle((load.ps.cancel_job, load.ps.drop, partial(load.ps.fetch, take=True)))
     while not load.is_stopping:
-        verb, key = verbs[number % len(verbs)], f"durable/small-d-{number % 500:06d}"
-        try:
-            verb(key=key, timeout=ASK_S)
-            load.log.done(key, b"stolen")  # which nobody has submitted under its name
-        except UnknownTask:
-            number += 1
-        except (PenstockError, TimeoutError):
-            load.pause(1.0)
-        load.pause(0.2)
+        for key in _latest_keys(load.folder / f"{VICTIM}.log"):
+            try:
+                next(verbs)(key=f"{VICTIM}/{key}", timeout=ASK_S)
+                load.log.done(key, b"stolen")  # which nobody has submitted under its name
+            except UnknownTask:
+                continue
+            except (PenstockError, TimeoutError):
+                break
+        load.pause(0.3)
+
+
+def _latest_keys(log: Path) -> list[str]:
+    """What another client has just submitted durably, some of it still open."""
+    if not log.exists():
+        return []
+    with log.open("rb") as f:
+        f.seek(max(0, log.stat().st_size - 4096))
+        lines = f.read().split(b"\n")[1:-1]
+    return [line["key"] for line in map(json.loads, lines) if line["is"] == ACCEPTED and is_durable(line["key"])][-3:]
 
 
 LOOPS = {"map": run_map, "slow": run_slow, "probe": run_probe, "stranger": run_stranger}

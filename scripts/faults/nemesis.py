@@ -11,9 +11,9 @@ from typing import Protocol
 
 from network import CUTS
 
-KINDS = ("kill", "stop", "restart", "partition", "disk", "poison")
-"""kill: SIGKILL. stop: SIGSTOP, 1 to 15 s. restart: SIGTERM, and started again. partition: the network is cut. disk: it is
-full. poison: tasks that end their worker; `load.py` submits them."""
+KINDS = ("kill", "blackout", "stop", "restart", "partition", "disk", "poison")
+"""kill: SIGKILL. blackout: SIGKILL of everything at once. stop: SIGSTOP, 1 to 15 s. restart: SIGTERM, and started again.
+partition: the network is cut. disk: it is full. poison: tasks that end their worker; `load.py` submits them."""
 SECONDS = {"stop": (1.0, 15.0), "partition": (2.0, 15.0), "disk": (2.0, 6.0)}
 WAYS = {"partition": CUTS, "disk": ("low", "full")}
 """low: below the broker's watermark; full: to the last byte."""
@@ -84,6 +84,7 @@ def _deck(
         "restart": sorted(target for target, role in roles.items() if role in ("broker", "supervisor")),
         "partition": sorted(cut_off),
         "disk": [BROKER],
+        "blackout": [BROKER],
     }
     cells = [(kind, target) for kind in sorted(set(kinds) & set(targets)) for target in targets[kind]]
     deck = [cell for cell in cells for _ in range(COPIES[roles[cell[1]]])]

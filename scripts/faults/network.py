@@ -13,7 +13,17 @@ CUTS = ("blackhole", "link")
 
 
 def can_have_networks() -> bool:
-    return sys.platform == "linux" and os.geteuid() == 0 and shutil.which("ip") is not None
+    """Whether one can be made here: found out by making it, since not every root may."""
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    network = Network(f"probe{os.getpid()}", "10.127.255", "10.127.255.1")
+    try:
+        network.create()
+    except OSError:
+        return False
+    finally:
+        network.remove()
+    return True
 
 
 class Network:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,14 +34,15 @@ LOW_BYTES, MIN_FREE_BYTES = 8 << 20, 32 << 20
 SETTINGS = f"""[broker]
 journal = "disk"
 session_ttl_s = 10
-dedup_window_s = 30
-dedup_bytes = {64 << 20}
+dedup_window_s = 120
+dedup_bytes = {256 << 20}
 min_free_bytes = {MIN_FREE_BYTES}
 drain_s = 2
 max_attempts = 4
 shared_min_bytes = {256 << 10}
 """
-"""Short times, so that what they guard happens; a task may bring down four workers, as the nemesis may hit one twice."""
+"""Short times, so that what they guard happens; but an outcome that a client has received and not logged must still be there
+when it comes back. A task may bring down four workers, as the nemesis may hit one twice."""
 CLIENTS = (
     ("durable", "durable"), ("mapper", "map"), ("slow", "slow"), ("probe", "probe"), ("large", "large"),
     ("alice", "mortal"), ("bob", "canceller"), ("eve", "stranger"),
@@ -93,8 +94,6 @@ class Stage:
     rate: float = 1.0
     actors: dict[str, Actor] = field(default_factory=dict)
     surprises: list[Surprise] = field(default_factory=list)
-    starts: list[tuple[float, str]] = field(default_factory=list)
-    """(when, who): every start, of what the stage itself starts."""
 
     def __post_init__(self) -> None:
         self.url = f"ipc://{self.folder}/penstock"
@@ -118,21 +117,25 @@ class Stage:
         keys = {name: self.folder / f"{name}.key" for name in (*WITH_KEYS, "w1")}
         for name, path in keys.items():
             KeyFolder(self.state / "penstock").new(name, "worker" if name in WORKERS else "client", path)
+        self._cast(far, keys)
+        for actor in self.actors.values():
+            self._start(actor)
+
+    def _cast(self, far: str, keys: Mapping[str, Path]) -> None:
+        """Who there is: those with keys come over tcp, to the address `far`."""
         python = [sys.executable, "-P"]
         self._add(BROKER, "broker", [*python, "-m", "penstock.broker", "--url", self.url, "--listen", far])
         kernels = [str(HERE / name) for name in ("fault_kernels.py", "chaos_kernels.py")]
         worker = [*python, "-m", "penstock.worker", "--device", "cpu", "--kernels", kernels[0], "--kernels", kernels[1]]
-        for i, name in enumerate(WORKERS):
+        for above, name in WORKER_OF.items():
             where = ["--broker", far, "--key", str(keys[name])] if name in keys else ["--broker", self.url]
-            self._add(f"s{i}", "supervisor", [*worker, "--name", name, *where])
+            self._add(above, "supervisor", [*worker, "--name", name, *where])
         for name, kind in CLIENTS:
             where = ["--url", far, "--key", str(keys[name])] if name in keys else ["--url", self.url]
             more = ["--folder", str(self.folder), "--seed", str(self.seed), "--rate", str(self.rate)]
             if kind == "durable":
                 more += ["--poison-s", str(self.poison_s)]
             self._add(name, "client", [sys.executable, str(HERE / "load.py"), kind, "--name", name, *where, *more])
-        for actor in self.actors.values():
-            self._start(actor, time.monotonic())
 
     @property
     def roles(self) -> dict[str, str]:
@@ -159,10 +162,11 @@ class Stage:
         return host
 
     def _mount(self) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", str(self.state)], check=True)
+        if not mount(self.state):
+            raise OSError(f"no disk could be mounted at {self.state}")
         self._has_disk = True
 
-    def _start(self, actor: Actor, now: float) -> None:
+    def _start(self, actor: Actor) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
         env |= {"XDG_RUNTIME_DIR": str(self.folder), "XDG_STATE_HOME": str(self.state), "PENSTOCK_WORKER_THREADS": "1"}
         env |= {"PYTHONSAFEPATH": "", "OMP_NUM_THREADS": "1"}
@@ -172,7 +176,6 @@ class Stage:
                 preexec_fn=self._leash,
             )  # fmt: skip
         actor.is_doomed = False
-        self.starts.append((now, actor.name))
 
     # --- meanwhile -----------------------------------------------------------------------------------------------------
 
@@ -181,7 +184,7 @@ class Stage:
         for actor in self.actors.values():
             if actor.process is None:
                 if not actor.is_over and now >= actor.restart_at:
-                    self._start(actor, now)
+                    self._start(actor)
             elif (status := actor.process.poll()) is not None:
                 self._ended(actor, status, now)
 
@@ -191,7 +194,7 @@ class Stage:
             actor.is_over = True
         elif actor.role == "broker" and status == JOURNAL_FAILED and now < self._is_full_until:
             actor.restart_at = now + 1.0
-        elif status != -signal.SIGKILL and not (actor.is_doomed and status == 0):
+        elif status != -signal.SIGKILL and not (actor.is_doomed and status in (0, -signal.SIGTERM)):  # it may just have started
             words = (self.folder / f"{actor.name}.out").read_text(errors="replace").splitlines()[-12:]
             self.surprises.append(Surprise(actor.name, status, "\n".join(words)))
 
@@ -218,17 +221,25 @@ class Stage:
             self._fill(DISK_BYTES if fault.how == "full" else self._free_bytes() - LOW_BYTES)
             self._is_full_until = float("inf")
             return True
+        if fault.kind == "blackout":
+            for name in self.actors:
+                self._signal(name, signal.SIGKILL)
+            return True
         pid = self.pid(fault.target)
         if pid is None:
             return False
-        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "restart": signal.SIGTERM}[fault.kind]
         if fault.kind == "stop":
             self._stopped[fault.target] = os.pidfd_open(pid)
-        elif fault.target in self.actors:
-            self.actors[fault.target].is_doomed = True
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+        self._signal(fault.target, {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "restart": signal.SIGTERM}[fault.kind])
         return True
+
+    def _signal(self, name: str, number: int) -> None:
+        pid = self.pid(name)
+        if number == signal.SIGTERM:
+            self.actors[name].is_doomed = True
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def end(self, fault: Fault) -> None:
         """What lasted is over."""
@@ -298,10 +309,27 @@ def missing_rights(kinds: Collection[str]) -> dict[str, str]:
     """The kinds of faults that cannot be done here, and why."""
     why = {}
     if "partition" in kinds and not can_have_networks():
-        why["partition"] = "needs root, Linux and iproute2, for network namespaces"
-    if "disk" in kinds and not (sys.platform == "linux" and os.geteuid() == 0 and shutil.which("mount")):
-        why["disk"] = "needs root and Linux, for a disk of its own"
+        why["partition"] = "needs root that may make network namespaces, on Linux with iproute2"
+    if "disk" in kinds and not can_have_disks():
+        why["disk"] = "needs root that may mount a tmpfs, on Linux"
     return why
+
+
+def can_have_disks() -> bool:
+    """Found out by mounting one."""
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory(prefix="ps-chaos-") as folder:
+        is_mounted = mount(Path(folder))
+        if is_mounted:
+            subprocess.run(["umount", folder], check=True)
+    return is_mounted
+
+
+def mount(folder: Path) -> bool:
+    """A disk in memory, which can be filled."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", str(folder)]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def new_folder() -> Path:

@@ -27,7 +27,7 @@ def test_a_shorter_run_is_the_beginning_of_a_longer_one() -> None:
 def test_every_kind_hits_everybody_it_can() -> None:
     hit = {(fault.kind, fault.target) for fault in drawn(1)}
     everybody = {(kind, name) for kind in ("kill", "stop") for name in ROLES}
-    assert hit == everybody | {("restart", "broker"), ("restart", "s0"), ("disk", "broker")} | {
+    assert hit == everybody | {("restart", "broker"), ("restart", "s0"), ("disk", "broker"), ("blackout", "broker")} | {
         ("partition", name) for name in CUT_OFF
     }
 
