@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -287,7 +288,8 @@ def run_probe(load: Load) -> None:
 
 def run_stranger(load: Load) -> None:
     """Asks for tasks of another principal by their names, ends and forgets them: all of that must find nothing."""
-    verbs = itertools.cycle((load.ps.cancel_job, load.ps.drop, partial(load.ps.fetch, take=True)))
+    asked: list[Callable[..., object]] = [load.ps.cancel_job, load.ps.drop, partial(load.ps.fetch, take=True)]
+    verbs = itertools.cycle(asked)
     while not load.is_stopping:
         for key in _latest_keys(load.folder / f"{VICTIM}.log"):
             try:
