@@ -129,7 +129,7 @@ class DurableJournal(Journal):
     def also_known_as(self, principal: str, run_id: bytes, number: int) -> None:
         """See `Journal`."""
         names = self._ids.get(number, ())
-        if names and len(names) < MAX_NAMES:
+        if names and len(names) < MAX_NAMES and (principal, run_id) not in self._keys:
             self._name(number, principal, run_id, self._keys[names[0]])
 
     def _name(self, number: int, principal: str, run_id: bytes, key: Key) -> None:

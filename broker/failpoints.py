@@ -55,8 +55,9 @@ class Failpoint:
     """What is to happen at one site, the n-th time that a thread of this process gets there."""
 
     def __init__(self, site: str, action: str, argument: str, nth: int, folder: Path | None) -> None:
-        self.site = site
-        self.nth = nth
+        if nth < 1:
+            raise ValueError("times are counted from 1")
+        self._nth = nth
         self._action = action
         self._seconds = float(argument or 0.0) if action != "error" else 0.0
         self._errno = int(getattr(errno, argument)) if action == "error" else 0
@@ -67,7 +68,7 @@ class Failpoint:
         """Raises OSError where that was asked for."""
         if self._switch is not None and not self._switch.exists():
             return
-        if next(self._count) != self.nth or not self._may_fire():
+        if next(self._count) != self._nth or not self._may_fire():
             return
         time.sleep(self._seconds)
         if self._action == "kill":
@@ -102,6 +103,8 @@ def parse(text: str, folder: Path | None = None) -> dict[str, Failpoint]:
             raise BadFailpoint(f"{part!r}: nothing can fail there; error is for {', '.join(FALLIBLE)}")
         if action not in ("kill", "pause", "error") or (action != "kill" and not argument):
             raise BadFailpoint(f"{part!r}: what to do is kill, kill:SECONDS, pause:SECONDS or error:NAME, perhaps with @n")
+        if site in made:
+            raise BadFailpoint(f"{part!r}: {site} is armed already")
         try:
             made[site] = Failpoint(site, action, argument, int(nth or 1), folder)
         except (ValueError, AttributeError) as e:

@@ -59,7 +59,7 @@ class Settlement:
             self.finished.setdefault(session, []).append(run.id)
             self._state.journal.close(run, self._now)
         for follower in followers or ():
-            self._pass_on(follower, start, stop, at)
+            self._pass_on(run, follower, start, stop, at)
 
     def _count(self, run: Run, num_rows: int, assigned_at: float, is_leased: bool) -> None:
         metrics, arrived = self._state.metrics, run.arrived
@@ -80,15 +80,18 @@ class Settlement:
                 outcome = replace(outcome, block=outcome.block.copied())
             self._state.journal.record(run, [outcome])
 
-    def _pass_on(self, follower: Run, start: int, stop: int, at: int) -> None:
-        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""
+    def _pass_on(self, run: Run, follower: Run, start: int, stop: int, at: int) -> None:
+        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone; a durable
+        task's every end, since the journal knows of one task only."""
         for piece in follower.overlapping(start, stop):
             if piece.state != QUEUED or piece.entry is not None:
                 continue
-            if self._outcome in (CANCELLED, EXPIRED):
+            if self._outcome in (CANCELLED, EXPIRED) and not run.number:
                 self._state.kernels.park(follower)  # until the turn, if the kernel is there
                 return
             first = max(start, piece.start)
+            if run.number:
+                self._state.journal.also_known_as(follower.session.principal, follower.id, run.number)
             self.end(piece, first, min(stop, piece.stop), at + first - start)
 
     def portions(self, spans: list[Span]) -> Iterator[list[Span]]:

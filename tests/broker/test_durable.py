@@ -356,6 +356,42 @@ def test_an_outcome_is_kept_until_it_is_acknowledged_and_its_key_for_the_window(
     assert w.state.ledger.num_open == 0
 
 
+@pytest.mark.parametrize("has_cancelled", [False, True])
+def test_a_second_client_that_waited_for_the_outcome_acknowledges_it(has_cancelled: bool) -> None:
+    """The first one was killed; whoever submits with its key again while the task is open is the one that gets the outcome."""
+    w = durable_world()
+    worker, killed, second = w.worker(), w.client("killed"), w.client("second")
+    first = submit(killed, key=b"k")
+    killed.vanish()
+    run = second.submit(2, block=tensor_rows(first, 2), is_durable=True, key=b"k")
+    if has_cancelled:
+        second.send(p.Cancel(id=run, start=0, stop=2))
+    w.commit()
+    worker.finish()
+    w.commit()
+    assert second.results(run, 2) == (["cancelled"] * 2 if has_cancelled else [tag(first, 0), tag(first, 1)])
+    second.send(p.Ack(seq=second.received))
+    assert (len(w.state.journal._kept) == 1) is has_cancelled, "what it has not got it cannot acknowledge"
+
+
+@pytest.mark.parametrize("how", [p.Code.DEADLINE, p.Code.CANCELLED])
+def test_a_second_submission_with_the_key_shares_every_end_of_the_first(how: str) -> None:
+    """It is one task: if the second went on alone, in memory, it would have been accepted and could be lost."""
+    w = durable_world(session_ttl_s=1e6, liveness_s=1e6)
+    first, second = w.client("first"), w.client("second")
+    w.worker(batches=0)
+    one = submit(first, key=b"k", timeout_ms=5000.0)
+    two = second.submit(2, block=tensor_rows(one, 2), is_durable=True, wants_accepted=True, key=b"k")
+    w.commit()
+    assert len(second.take(p.Accepted)) == 1
+    if how == p.Code.CANCELLED:
+        first.send(p.Cancel(id=one, start=0, stop=2))
+    w.advance(6.0)
+    w.commit()
+    assert second.results(two, 2) == first.results(one, 2) == [how] * 2
+    assert w.state.ledger.num_open == 0, "whatever is open is on disk"
+
+
 def test_an_outcome_that_nobody_fetches_goes_after_its_time() -> None:
     w = durable_world(result_ttl_s=1000.0, session_ttl_s=10.0, liveness_s=1e6)
     worker, client = w.worker(), w.client()

@@ -100,6 +100,7 @@ def test_an_error_of_the_journal_ends_the_broker_and_nothing_is_lost(broken: Dis
     broken.check_account()
 
 
+@pytest.mark.chaos  # tracing makes the broker ten times slower
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed: apt-get install strace")
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
 def test_a_sync_that_fails_in_the_kernel(folder: Path, call: str) -> None:
@@ -140,7 +141,7 @@ def mount(folder: Path, options: str) -> None:
 def test_a_full_disk_and_more_room(folder: Path) -> None:
     state = folder / "small"
     state.mkdir()
-    with tmpfs(state, 3), disk(folder, state) as made:
+    with tmpfs(state, 2), disk(folder, state) as made:
         made.start_broker()
         with ThreadPoolExecutor(1) as thread:
             playing = thread.submit(lambda: [made.play() for _ in range(12)])

@@ -5,6 +5,7 @@ clients keep account (scripts/faults/accounting.py): that of the test, which liv
 that is killed whenever the broker dies, and then only fetches what was accepted; and those that die at a site of their own.
 """
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -239,6 +240,12 @@ def on_wave(world: World, site: str) -> None:
     world.begin_wave()
 
 
+def on_new_file(world: World, site: str) -> None:
+    """A broker begins a payload file with its first large frame."""
+    world.restart()
+    on_wave(world, site)
+
+
 def on_acceptance(world: World, site: str) -> None:
     """Nothing runs meanwhile: what is accepted too early has no outcome before the broker dies, and is lost."""
     workers = world.workers()
@@ -255,6 +262,7 @@ TRIGGERS = {
     "broker.received.attach": on_start, "broker.received.workerhello": on_start, "broker.received.ready": on_start,
     "broker.restore": on_start, "broker.received.control": on_drop, "broker.decided.control": on_drop,
     "broker.committing.erase": on_drop, "broker.committed.erase": on_drop, "broker.payload.unlinked": on_unlink,
+    "broker.payload.begun": on_new_file,
     "broker.committing.died": on_death, "broker.committed.died": on_death, "broker.backup": on_backup,
     "broker.stop": on_stop,
 }  # fmt: skip
@@ -270,6 +278,30 @@ def test_the_broker_dies_at(world: World, site: str) -> None:
     world.replace_doomed()
     world.settle()
     check(world)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("site", ["broker.committing.erase", "broker.committed.erase"])
+def test_a_requeue_is_done_wholly_or_not_at_all(world: World, site: str) -> None:
+    durable = world.client.options(durable=True, idempotency_key=f"poor-{site}")
+    world.ghost.touch()
+    dead = durable.submit("haunted", x=np.zeros(3, np.float32)).exception(LIMIT_S)
+    assert dead is not None
+    assert dead.code == "dead"
+    world.ghost.unlink()
+    (world.switches / f"{site}.fired").unlink(missing_ok=True)
+    world.arm(site)
+
+    def requeue() -> None:
+        with contextlib.suppress(InvalidInput):  # asked again, it has begun again already, and is done: nothing has failed
+            world.client.requeue(key=f"poor-{site}", timeout=LIMIT_S)
+
+    world.begin(requeue)
+    until(lambda: world.broker.poll() is not None, f"the broker died at {site}", LIMIT_S)
+    world.start_broker()
+    world.replace_doomed()
+    world.settle()
+    np.testing.assert_array_equal(world.client.fetch(key=f"poor-{site}").result(LIMIT_S), np.ones(3, np.float32))
 
 
 # --- a worker --------------------------------------------------------------------------------------------------------

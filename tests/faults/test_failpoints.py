@@ -58,6 +58,8 @@ def test_the_names_of_records_are_those_of_the_journal() -> None:
         ("broker.committing.taken=pause", "what to do"),
         ("broker.committing.taken=error:ENOSUCH", "ENOSUCH"),
         ("broker.committing.taken=kill@x", "invalid literal"),
+        ("broker.committing.taken=kill@0", "counted from 1"),
+        ("broker.committing.taken=kill;broker.committing.taken=pause:1", "armed already"),
         ("broker.committing.taken=pause:x", "could not convert"),
         ("worker.received.assign=error:EIO", "nothing can fail there"),
     ],
