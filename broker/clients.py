@@ -392,7 +392,7 @@ class Clients:
         if m.wants_accepted:
             self.state.send(FRONT, session.route, Accepted(id=m.id), bool(entry.number))
         if entry.number:
-            self.state.journal.also_known_as(session.principal, m.id, entry.number)
+            self.state.journal.also_known_as(session.principal, m.id, self._admission.key_of(m) or m.id, entry.number)
         outcomes = [replace(o, spans=[(m.id, s, e) for _, s, e in o.spans]) for o in entry.outcomes]
         self.tell_again(session, outcomes, [m.id], bool(entry.number))
         self.state.counters["replayed"] += num_rows

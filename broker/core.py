@@ -4,6 +4,7 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -30,6 +31,8 @@ from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
+MAX_BOUND_PER_TURN = 4096
+"""Submissions that waited for a kernel, enough for the largest batch: after a restart there may be a million of them."""
 
 
 @record
@@ -183,10 +186,11 @@ class Core:
         journal = self.state.journal
         if not isinstance(journal, DurableJournal):
             return 0
-        open_ones = journal.restore(puts, now)
-        for kept in open_ones:
-            self.clients.restore(journal, kept, now)
-        return len(open_ones)
+        open_ones = deque(journal.restore(puts, now))
+        num_open = len(open_ones)
+        while open_ones:  # what was read goes as soon as it is taken up: a million need no place twice
+            self.clients.restore(journal, open_ones.popleft(), now)
+        return num_open
 
     def take_writes(self) -> list[Write]:
         """What the journal asks to be made safe."""
@@ -203,8 +207,7 @@ class Core:
         self._turned_at = now
         self.clients.expire(now)
         self.clients.close_some(now)
-        if self.state.kernels.parked:
-            self._bind_parked(now)
+        self._bind_parked(now)
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self.clients.sweep(now)
@@ -231,9 +234,12 @@ class Core:
         return now - self.workers.changed_at > self.state.config.worker_grace_s
 
     def _bind_parked(self, now: float) -> None:
-        """Queue what waited for another submission with its key, which has ended without an answer."""
-        for name in [n for n in self.state.kernels.parked if n in self.state.kernels.known]:
-            self.clients.bind_late(self.state.kernels.unpark(name), now)
+        """Queue what waited for its kernel, or for another submission with its key that has ended without an answer."""
+        num_left = MAX_BOUND_PER_TURN
+        for name in self.state.kernels.awaited():
+            runs = self.state.kernels.unpark(name, num_left)
+            num_left -= len(runs)
+            self.clients.bind_late(runs, now)
 
     def _refuse_unknown(self, now: float) -> None:
         """End what waits for a kernel that will not come."""
@@ -241,21 +247,18 @@ class Core:
         if not parked or not self._is_settled(now):
             return
         known = ", ".join(sorted(self.state.kernels.known)) or "none: no worker has come"
-        for name in list(parked):
-            runs = self.state.kernels.unpark(name)
-            for run in (run for run in runs if run.is_durable):
-                self.state.kernels.park(run)  # its worker may come later than any grace
-            for run in (run for run in runs if not run.is_durable):
+        for name in [name for name in parked if name not in self.state.kernels.known]:
+            for run in self.state.kernels.give_up(name):
                 error = Error(Code.UNKNOWN_KERNEL, f"no worker offers {name!r}; known kernels: {known}")
                 self.clients.end_pieces([(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED], FAILED, error, now)
 
     def next_deadline(self, now: float) -> float | None:
         """When `Turn` is due if nothing arrives before; `now` if there is more to do at once; None if never."""
-        if self._has_more or self.clients.is_closing:
+        if self._has_more or self.clients.is_closing or self.state.kernels.awaited():
             return now
         dues = [due for due in (self.state.ledger.next_deadline(), self.state.policy.wake_at) if due is not None]
         first = min(dues, default=None)
-        if self.workers.by_secret or len(self.clients) or self.state.kernels.parked:
+        if self.workers.by_secret or len(self.clients) or self.state.kernels.parked or self.state.kernels.lasting:
             sweep_at = self._swept_at + max(SWEEP_S, self.state.config.heartbeat_ms / 1000.0)
             return sweep_at if first is None else min(first, sweep_at)
         return first
@@ -414,7 +417,8 @@ class Core:
     def _check_nothing_is_forgotten(self) -> None:
         """What is queued is in a queue that somebody serves, or waits for its kernel or for its twin."""
         state = self.state
-        waiting = {id(run) for runs in state.kernels.parked.values() for run in runs}
+        tables = state.kernels.parked, state.kernels.lasting
+        waiting = {id(run) for table in tables for runs in table.values() for run in runs}
         for run in state.ledger.runs():
             waiting |= {id(follower) for follower in run.followers or ()}
         for run in state.ledger.runs():

@@ -22,8 +22,17 @@ Rows = tuple[int, int, int]
 
 
 @dataclass(slots=True)
+class Begun:
+    """What is known of a task that was given to workers; `evidence` has by row a line per death."""
+
+    started: list[Rows] = field(default_factory=list)
+    deaths: list[Rows] = field(default_factory=list)
+    evidence: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Kept:
-    """A durable task as a restart finds it. Times are seconds of the wall clock; `evidence` has by row a line per death."""
+    """A durable task as a restart finds it, perhaps one of a million. Times are seconds of the wall clock."""
 
     number: int
     principal: str
@@ -32,9 +41,7 @@ class Kept:
     accepted_at: float
     deadline: float | None
     outcomes: list[Outcome] = field(default_factory=list)
-    started: list[Rows] = field(default_factory=list)
-    deaths: list[Rows] = field(default_factory=list)
-    evidence: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    begun: Begun | None = None
     acked_at: float | None = None
 
     @property
@@ -44,6 +51,8 @@ class Kept:
     @property
     def is_over(self) -> bool:
         """Every row has its outcome."""
+        if not self.outcomes:
+            return False
         return sum(stop - start for o in self.outcomes for _, start, stop in o.spans) >= self.submit.block.num_rows
 
 
@@ -100,8 +109,9 @@ def _read(found: dict[int, Kept], put: Put) -> None:
         kept.acked_at = float(msgpack.unpackb(view(put.frames[0])))
     elif put.kind in (STARTED, DIED):
         start, stop, count, *lines = msgpack.unpackb(view(put.frames[0]))
-        (kept.started if put.kind == STARTED else kept.deaths).append((start, stop, count))
+        begun = kept.begun = kept.begun or Begun()
+        (begun.started if put.kind == STARTED else begun.deaths).append((start, stop, count))
         if lines:
-            kept.evidence[start] = tuple(map(str, lines))
+            begun.evidence[start] = tuple(map(str, lines))
     else:
         raise ValueError(f"unknown kind {put.kind}")

@@ -139,8 +139,6 @@ class Workers:
         worker.is_ready = True
         self.dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
-        for spec in specs:
-            self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
         self.rebind(now)
 
     def rebind(self, now: float) -> None:
@@ -316,7 +314,7 @@ class Workers:
         self.rebind(now)
 
     def _answer(self, lease: Lease, answer: Answer, timings: dict[str, Any], now: float) -> None:
-        ends = list[tuple[Piece, int, int, int]]()
+        ends: list[tuple[Piece, int, int, int]] = []
         for piece, first, last in lease.overlapping(answer.start, answer.stop):
             start, stop = max(first, answer.start), min(last, answer.stop)
             if piece.state != LEASED:
