@@ -88,6 +88,8 @@ class SqliteStore:
         num_records = crc_sum = 0
         try:
             for task, body in self._db.execute("SELECT task, body FROM records ORDER BY seq"):
+                if type(body) is not bytes:  # a damaged page may say that it is anything
+                    raise Corrupt("a record is none")
                 found, kind, frames = parts(body)
                 if found != task:
                     raise Corrupt("a record stands under another task")
