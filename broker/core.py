@@ -189,7 +189,7 @@ class Core:
         open_ones = deque(journal.restore(puts, now))
         num_open = len(open_ones)
         while open_ones:  # what was read goes as soon as it is taken up: a million need no place twice
-            self.clients.restore(journal, open_ones.popleft(), now)
+            self.clients.absent.restore(journal, open_ones.popleft(), now)
         return num_open
 
     def take_writes(self) -> list[Write]:
@@ -205,7 +205,7 @@ class Core:
             self.clients.forgive(pause_s, now)
             self.workers.forgive(pause_s, now)
         self._turned_at = now
-        self.clients.expire(now)
+        self.clients.outcomes.expire(now)
         self.clients.close_some(now)
         self._bind_parked(now)
         if now - self._swept_at >= SWEEP_S:
@@ -221,7 +221,7 @@ class Core:
         self.state.sharing.flush()
 
     def _give_up(self, piece: Piece, error: Error, now: float) -> None:
-        self.clients.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
+        self.clients.outcomes.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
 
     def _cancel_lease(self, lease: Lease) -> None:
         self.workers.cancel(lease)
@@ -239,7 +239,7 @@ class Core:
         for name in self.state.kernels.awaited():
             runs = self.state.kernels.unpark(name, num_left)
             num_left -= len(runs)
-            self.clients.bind_late(runs, now)
+            self.clients.absent.bind_late(runs, now)
 
     def _refuse_unknown(self, now: float) -> None:
         """End what waits for a kernel that will not come."""
@@ -250,7 +250,8 @@ class Core:
         for name in [name for name in parked if name not in self.state.kernels.known]:
             for run in self.state.kernels.give_up(name):
                 error = Error(Code.UNKNOWN_KERNEL, f"no worker offers {name!r}; known kernels: {known}")
-                self.clients.end_pieces([(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED], FAILED, error, now)
+                queued = [(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED]
+                self.clients.outcomes.end_pieces(queued, FAILED, error, now)
 
     def next_deadline(self, now: float) -> float | None:
         """When `Turn` is due if nothing arrives before; `now` if there is more to do at once; None if never."""

@@ -52,7 +52,7 @@ class Workers:
         self.changed_at = state.started_at
         self.dispatch: Dispatch
         """Is told what becomes of leases; set by whoever made both."""
-        self._clients = clients
+        self._absent, self._outcomes = clients.absent, clients.outcomes
 
     # --- messages --------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class Workers:
         """Move what waits for a version that nobody offers any more to the current one."""
         for queue in self.state.policy.stale(self.state.kernels.current()):
             runs = {entry[-1].run: None for lanes in queue.lanes.values() for lane in lanes.values() for entry in lane.pieces}
-            self._clients.bind_late(list(runs), now)
+            self._absent.bind_late(list(runs), now)
 
     def _heartbeat(self, route: Route, principal: str, m: WorkerHeartbeat, now: float) -> None:
         worker = self.by_secret.get(m.session)
@@ -330,7 +330,7 @@ class Workers:
             lease.worker.num_failed += num_rows
             lease.num_failed += num_rows if answer.error.code == Code.FAILED else 0
         outcome = Outcome((), answer.block, answer.error, (), timings, attempt=lease.attempt)
-        self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
+        self._outcomes.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
 
     def _partial(self, worker: WorkerSession, m: WorkerPartial, now: float) -> None:
         if any_shared([m.block]):
@@ -347,7 +347,7 @@ class Workers:
             self.state.counters["late_answers"] += 1
             return
         span = (piece.run.id, piece.start, piece.start + 1)
-        self._clients.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
+        self._outcomes.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
 
     def _recover(self, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
         """A lease will not be answered. Suspects return in halves and alone, so that one that kills is found."""
@@ -380,7 +380,7 @@ class Workers:
             self.state.ledger.requeue(piece)
 
     def _end(self, pieces: list[Piece], state: str, error: Error, now: float) -> None:
-        self._clients.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
+        self._outcomes.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
 
     def report(self) -> list[dict[str, Any]]:
         """One row per worker, for status."""
