@@ -156,7 +156,7 @@ class Admission:
         entry = None if key is None else self._state.journal.find(session.principal, key, now)
         if entry is None:
             return None
-        if entry.digest != digest_of(m):
+        if not entry.is_same(m):
             raise Refusal(Code.CONFLICT, "this idempotency key was used with other content")
         if entry.is_gone:
             raise Refusal(Code.RESULT_GONE, "this submission was done; its result is no longer kept")
@@ -203,15 +203,18 @@ class Admission:
         run = Run(session, m.id, m.kernel, m.block.num_rows, self._next_seq, arrived)
         self._describe(run, m, m.block.nbytes)
         run.is_durable, run.key, run.deadline = True, kept.key, deadline
-        run.keep_only(sorted((s, e) for o in kept.outcomes for _, s, e in o.spans), kept.deaths)
-        run.started = [(start, stop) for start, stop, _ in kept.started]
-        for row, lines in kept.evidence.items():
-            for piece in run.overlapping(row, row + 1):
-                piece.evidence = lines
+        begun = kept.begun
+        if kept.outcomes or begun is not None:
+            run.keep_only(sorted((s, e) for o in kept.outcomes for _, s, e in o.spans), begun.deaths if begun else ())
+        if begun is not None:
+            run.started = [(start, stop) for start, stop, _ in begun.started]
+            for row, lines in begun.evidence.items():
+                for piece in run.overlapping(row, row + 1):
+                    piece.evidence = lines
         session.used_rows += run.num_open
         session.used_bytes += run.num_bytes
         self._state.ledger.open(run)
-        for row, saved in kept.saved.items():
+        for row, saved in begun.saved.items() if begun is not None else ():
             for piece in run.cut_out(row, row + 1):
                 self._state.ledger.save(piece, saved)
         return run

@@ -211,7 +211,7 @@ class Block:
     def sent_frames(self) -> Sequence[Buffer]:
         """Those that travel."""
         if not self.layout.num_framed:
-            return cast(Sequence[Buffer], self.frames)
+            return cast("Sequence[Buffer]", self.frames)
         return [f for f in self.frames if not isinstance(f, SharedBytes)]
 
     def inlined(self) -> "Block":
@@ -358,9 +358,9 @@ def gather(pieces: Sequence[tuple[Block, int, int]]) -> Block:
     layout = first.layout
     if layout.is_plain:
         return _gather_plain(layout, pieces)
-    lengths = list[Lengths]()
-    packed = list[Any]()
-    framed = list[Stored]()
+    lengths: list[Lengths] = []
+    packed: list[Any] = []
+    framed: list[Stored] = []
     for i, column in enumerate(layout.columns):
         lengths.append([n for b, s, e in pieces for n in (b.lengths[i] or ())[s:e]] if column.is_ragged else None)
         if column.is_framed:

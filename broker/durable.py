@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from penstock.broker.journal import About, Entry, Journal, Key, digest_of
+from penstock.broker.journal import About, Entry, Journal, Key
 from penstock.broker.kept import DIED, STARTED, Kept, acked, has_failed, noted, outcome_of, read, saved_of, taken
 from penstock.broker.protocol import ID_BYTES, Outcome
 from penstock.broker.storage.records import Erase, Put
@@ -43,8 +43,8 @@ class DurableJournal(Journal):
         self._last = 0
         self._save_at = float("-inf")
         self._kept: OrderedDict[Key, Entry] = OrderedDict()
-        self._keys: dict[tuple[str, bytes], Key] = {}
-        self._ids: dict[int, list[tuple[str, bytes]]] = {}
+        self._keys: dict[Key, Key] = {}
+        self._ids: dict[int, list[bytes]] = {}
         self._over: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
         self._failed: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
 
@@ -64,7 +64,7 @@ class DurableJournal(Journal):
         if run.is_durable:
             self._last += 1
             entry.number = run.number = self._last
-            self._name(run.number, principal, run.id, (principal, key))
+            self._name(run.number, run.id, (principal, key))
             deadline = None if run.deadline == float("inf") else run.deadline + self._wall_offset_s
             arrived, request = run.arrived + self._wall_offset_s, run.request
             if request.block.layout.num_framed and request.block.has_shared:  # it is lent for as long as the task is open
@@ -144,23 +144,26 @@ class DurableJournal(Journal):
             entry.num_bytes += entry.request.block.nbytes
             self._failed[key[0]][key[1]] = entry
         else:
+            entry.keep_digest()
             entry.request = None
 
-    def also_known_as(self, principal: str, run_id: bytes, number: int) -> None:
+    def also_known_as(self, principal: str, run_id: bytes, key: bytes, number: int) -> None:
         """See `Journal`."""
-        names = self._ids.get(number, ())
-        if names and len(names) < MAX_NAMES:
-            self._name(number, principal, run_id, self._keys[names[0]])
+        if len(self._ids.get(number, ())) < MAX_NAMES:
+            self._name(number, run_id, (principal, key))
 
-    def _name(self, number: int, principal: str, run_id: bytes, key: Key) -> None:
-        self._keys[principal, run_id] = key
-        self._ids.setdefault(number, []).append((principal, run_id))
+    def _name(self, number: int, run_id: bytes, key: Key) -> None:
+        """An id by which a task is known beside its key; most have none but their key."""
+        name = key[0], run_id
+        if name != key and self._keys.get(name) != key:
+            self._keys[name] = key
+            self._ids.setdefault(number, []).append(run_id)
 
     def acknowledged(self, principal: str, run_id: bytes, now: float) -> None:
         """See `Journal`."""
-        key = self._keys.get((principal, run_id))
-        entry = self._kept.pop(key, None) if key is not None else None
-        if key is not None and entry is not None:
+        key = self._keys.get((principal, run_id), (principal, run_id))
+        entry = self._kept.pop(key, None)
+        if entry is not None:
             self.num_kept_bytes -= entry.num_bytes
             self._note_acked(key, entry)
             self.writes.append(acked(entry.number, now + self._wall_offset_s))
@@ -193,7 +196,7 @@ class DurableJournal(Journal):
 
         Its key stays, and its old id is known. All that was known of its failures is forgotten.
         """
-        about, request, names = entry.about, entry.request, self._ids[entry.number][: MAX_NAMES - 1]
+        about, request, names = entry.about, entry.request, self._ids.get(entry.number, [])[: MAX_NAMES - 1]
         assert about is not None and request is not None
         kept_outcomes = [o for o in entry.outcomes if o.error is None]
         self.drop(key, entry)
@@ -205,9 +208,8 @@ class DurableJournal(Journal):
         kept.outcomes = [replace(o, spans=[(new_id, s, e) for _, s, e in o.spans]) for o in kept_outcomes]
         self.writes.append(taken(kept.number, key[0], kept.client, submit, kept.accepted_at, deadline))
         self.writes += [outcome_of(kept.number, outcome) for outcome in kept.outcomes]
-        self._name(kept.number, key[0], new_id, key)
-        for principal, run_id in names:
-            self._name(kept.number, principal, run_id, key)
+        for run_id in (new_id, *names):
+            self._name(kept.number, run_id, key)
         return kept
 
     def _retire(self, key: Key, entry: Entry, now: float) -> None:
@@ -227,8 +229,8 @@ class DurableJournal(Journal):
             self.writes.append(Erase(entry.number))
             self._over[key[0]].pop(key[1], None)
             self._failed[key[0]].pop(key[1], None)
-            for name in self._ids.pop(entry.number, ()):
-                self._keys.pop(name, None)
+            for run_id in self._ids.pop(entry.number, ()):
+                self._keys.pop((key[0], run_id), None)
 
     # --- what a restart finds --------------------------------------------------------------------------------------
 
@@ -242,14 +244,17 @@ class DurableJournal(Journal):
         for put in puts:
             read(found, put)
             self._last = max(self._last, put.task)
+        open_ones: list[Kept] = []
         for kept in found.values():
             if kept.is_over:
                 self._remember(kept, now)
-        return [kept for kept in found.values() if not kept.is_over]
+            else:
+                open_ones.append(kept)
+        return open_ones
 
     def _remember(self, kept: Kept, now: float) -> None:
         entry, key = self._entry_of(kept, None), (kept.principal, kept.key)
-        self._name(kept.number, kept.principal, kept.submit.id, key)
+        self._name(kept.number, kept.submit.id, key)
         arrived = min(self.monotonic(kept.accepted_at), now)
         about = About(kept.submit.id, kept.client, kept.submit.kernel, kept.submit.block.num_rows, arrived)
         self._end(key, entry, about)
@@ -264,13 +269,12 @@ class DurableJournal(Journal):
         run.number = kept.number
         key = (kept.principal, kept.key)
         self._open[key] = self._entry_of(kept, run)
-        if kept.number not in self._ids:
-            self._name(kept.number, kept.principal, kept.submit.id, key)
+        self._name(kept.number, kept.submit.id, key)
 
     @staticmethod
     def _entry_of(kept: Kept, run: Run | None) -> Entry:
-        num_bytes = sum(o.block.nbytes for o in kept.outcomes if o.block is not None)
-        return Entry(digest_of(kept.submit), run, kept.outcomes, num_bytes, number=kept.number, request=kept.submit)
+        num_bytes = sum(o.block.nbytes for o in kept.outcomes if o.block is not None) if kept.outcomes else 0
+        return Entry(b"", run, kept.outcomes, num_bytes, number=kept.number, request=kept.submit)
 
     def monotonic(self, wall_s: float) -> float:
         """A time of the wall clock as one of ours."""

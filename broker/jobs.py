@@ -6,22 +6,21 @@ Knows whose they are: a principal sees its own and no others. Does not know how 
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 
+from penstock.broker.absent import Absent
 from penstock.broker.admission import Admission, Refusal
 from penstock.broker.durable import DurableJournal
 from penstock.broker.journal import About, Entry, Key
+from penstock.broker.outcomes import Outcomes
 from penstock.broker.protocol import Code, Control, Error, Fetch, Outcome, Reply, Status
 from penstock.broker.reports import MAX_LOOKED_AT, MAX_REPORT_BYTES
 from penstock.broker.sessions import ClientSession
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.storage.records import Copy
 from penstock.broker.tasks import CANCELLED, DEAD, DONE, EXPIRED, FAILED, LEASED, Run
-
-if TYPE_CHECKING:
-    from penstock.broker.clients import Clients
 
 MAX_JOBS = 100
 MAX_ERRORS = 20
@@ -40,10 +39,11 @@ class Jobs:
     """
 
     def __init__(
-        self, state: BrokerState, clients: "Clients", admission: Admission, may_operate: Callable[[str], bool]
+        self, state: BrokerState, absent: Absent, outcomes: Outcomes, admission: Admission, may_operate: Callable[[str], bool]
     ) -> None:
         self._state = state
-        self._clients = clients
+        self._absent = absent
+        self._outcomes = outcomes
         self._admission = admission
         self._may_operate = may_operate
         self._copies: dict[str, tuple[ClientSession, int]] = {}
@@ -122,17 +122,17 @@ class Jobs:
             return
         self._state.counters["fetched"] += 1
         if run is not None and owner is not None and owner is not session:
-            self._clients.hand_over(run, session)
+            self._absent.hand_over(run, session)
             if not owner.is_closed:
                 self._tell_taken(owner, run)
-        self._clients.tell_again(session, entry.outcomes, [body["id"]] if run is None else ())
+        self._outcomes.tell_again(session, entry.outcomes, [body["id"]] if run is None else ())
 
     def _tell_taken(self, owner: ClientSession, run: Run) -> None:
         """The client that had it waits for nothing any more."""
         error = Error(Code.UNAVAILABLE, f"client {run.session.name!r} has taken this task over")
         spans = [(run.id, piece.start, piece.stop) for piece in run.pieces]
         for at in range(0, len(spans), MAX_SPANS_TOLD):
-            self._clients.tell_again(owner, [Outcome(spans[at : at + MAX_SPANS_TOLD], error=error)], ())
+            self._outcomes.tell_again(owner, [Outcome(spans[at : at + MAX_SPANS_TOLD], error=error)], ())
 
     # --- changing --------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Jobs:
         if entry.run is None:
             raise Refusal(Code.INVALID, f"it has ended: {of_job(key[1], entry, now)['state']}")
         run_id = entry.run.id
-        self._clients.end_run(entry.run, CANCELLED, Error(Code.CANCELLED, f"cancelled by client {session.name!r}"), now)
+        self._outcomes.end_run(entry.run, CANCELLED, Error(Code.CANCELLED, f"cancelled by client {session.name!r}"), now)
         return {"id": run_id}
 
     def _drop(self, session: ClientSession, m: Control, now: float) -> dict[str, Any]:
@@ -165,10 +165,10 @@ class Jobs:
         if self._state.is_draining:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
         journal, num_rows = self._journal(), _count(entry).total() - _count(entry)[DONE]
-        account = self._clients.account_of(session.principal, entry.about.client)
+        account = self._absent.account_of(session.principal, entry.about.client)
         self._admission.check_journal(num_rows, now)
         self._admission.check_queue(account, num_rows, entry.request.block.nbytes, now)
-        run = self._clients.restore(journal, journal.begin_again(key, entry, now), now)
+        run = self._absent.restore(journal, journal.begin_again(key, entry, now), now)
         self._state.counters["requeued"] += num_rows
         return {"id": run.id}
 

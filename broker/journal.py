@@ -55,6 +55,16 @@ class Entry:
     about: About | None = None
     is_acked: bool = False
 
+    def is_same(self, m: Submit) -> bool:
+        """Whether a submission has the content of the first one. Of one that a restart found the digest is made when asked."""
+        self.keep_digest()
+        return self.digest == digest_of(m)
+
+    def keep_digest(self) -> None:
+        """The digest stays when the request goes."""
+        if not self.digest and self.request is not None:
+            self.digest = digest_of(self.request)
+
 
 def digest_of(m: Submit) -> bytes:
     """What makes two submissions equal: everything but id, time limit and delivery options."""
@@ -138,7 +148,7 @@ class Journal:
     def acknowledged(self, principal: str, run_id: bytes, now: float) -> None:
         """A client has all outcomes of a submission."""
 
-    def also_known_as(self, principal: str, run_id: bytes, number: int) -> None:
+    def also_known_as(self, principal: str, run_id: bytes, key: bytes, number: int) -> None:
         """A second submission with a durable task's key got its outcomes: its acknowledgement counts as well."""
 
     def expire(self, now: float) -> None:
@@ -168,4 +178,5 @@ class Journal:
 
     def _drop_outcomes(self, entry: Entry) -> None:
         self._num_bytes -= entry.num_bytes
+        entry.keep_digest()
         entry.outcomes, entry.num_bytes, entry.is_gone, entry.request = [], 0, True, None

@@ -24,8 +24,18 @@ Rows = tuple[int, int, int]
 
 
 @dataclass(slots=True)
+class Begun:
+    """What is known of a task that was given to workers; `evidence` has by row a line per death."""
+
+    started: list[Rows] = field(default_factory=list)
+    deaths: list[Rows] = field(default_factory=list)
+    evidence: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    saved: dict[int, Saved] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Kept:
-    """A durable task as a restart finds it. Times are seconds of the wall clock; `evidence` has by row a line per death."""
+    """A durable task as a restart finds it, perhaps one of a million. Times are seconds of the wall clock."""
 
     number: int
     principal: str
@@ -34,10 +44,7 @@ class Kept:
     accepted_at: float
     deadline: float | None
     outcomes: list[Outcome] = field(default_factory=list)
-    started: list[Rows] = field(default_factory=list)
-    deaths: list[Rows] = field(default_factory=list)
-    evidence: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    saved: dict[int, Saved] = field(default_factory=dict)
+    begun: Begun | None = None
     acked_at: float | None = None
 
     @property
@@ -47,6 +54,8 @@ class Kept:
     @property
     def is_over(self) -> bool:
         """Every row has its outcome."""
+        if not self.outcomes:
+            return False
         return sum(stop - start for o in self.outcomes for _, start, stop in o.spans) >= self.submit.block.num_rows
 
 
@@ -113,9 +122,10 @@ def _read(found: dict[int, Kept], put: Put) -> None:
         kept.acked_at = float(msgpack.unpackb(view(put.frames[0])))
     elif put.kind in (STARTED, DIED):
         start, stop, count, *lines = msgpack.unpackb(view(put.frames[0]))
-        (kept.started if put.kind == STARTED else kept.deaths).append((start, stop, count))
+        begun = kept.begun = kept.begun or Begun()
+        (begun.started if put.kind == STARTED else begun.deaths).append((start, stop, count))
         if lines:
-            kept.evidence[start] = tuple(map(str, lines))
+            begun.evidence[start] = tuple(map(str, lines))
     else:
         raise ValueError(f"unknown kind {put.kind}")
 
@@ -125,7 +135,7 @@ def _read_saved(found: dict[int, Kept], put: Put) -> None:
     checkpoint = decode(FROM_WORKER, put.frames[1:])
     if not isinstance(checkpoint, Checkpoint) or checkpoint.block.num_rows != 1:
         raise ValueError("a checkpoint without its row")
-    kept = found[task]
-    kept.saved[row] = Saved(digest, checkpoint.block, checkpoint.part, num_acquitted, put.task)
-    if any(start <= row < stop for start, stop, _ in kept.deaths):  # the deaths of a suspect may count no more
-        kept.deaths.append((row, row + 1, num_deaths))
+    begun = found[task].begun = found[task].begun or Begun()
+    begun.saved[row] = Saved(digest, checkpoint.block, checkpoint.part, num_acquitted, put.task)
+    if any(start <= row < stop for start, stop, _ in begun.deaths):  # the deaths of a suspect may count no more
+        begun.deaths.append((row, row + 1, num_deaths))

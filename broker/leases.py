@@ -39,7 +39,7 @@ class Leases:
         self.state = state
         self.dispatch: Dispatch
         """Is told what becomes of leases; set by whoever made both."""
-        self._clients = clients
+        self._absent, self._outcomes = clients.absent, clients.outcomes
         self._checkpoints = Checkpoints(state)
 
     def assign(self, lease: Lease) -> None:
@@ -156,7 +156,7 @@ class Leases:
             lease.worker.num_failed += num_rows
             lease.num_failed += num_rows if answer.error.code == Code.FAILED else 0
         outcome = Outcome((), answer.block, answer.error, (), timings, attempt=lease.attempt)
-        self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
+        self._outcomes.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
 
     def partial(self, worker: WorkerSession, m: WorkerPartial, now: float) -> None:
         """A piece of a streaming answer."""
@@ -174,7 +174,7 @@ class Leases:
             self.state.counters["late_answers"] += 1
             return
         span = (piece.run.id, piece.start, piece.start + 1)
-        self._clients.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
+        self._outcomes.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
 
     def checkpoint(self, worker: WorkerSession, m: Checkpoint, now: float) -> None:
         """What a streaming row can go on from, whatever becomes of its worker."""
@@ -219,13 +219,13 @@ class Leases:
                 self.state.ledger.requeue(part)
 
     def _end(self, pieces: list[Piece], state: str, error: Error, now: float) -> None:
-        self._clients.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
+        self._outcomes.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
 
     def rebind(self, now: float) -> None:
         """Move what waits for a version that nobody offers any more to the current one."""
         for queue in self.state.policy.stale(self.state.kernels.current()):
             runs = {entry[-1].run: None for lanes in queue.lanes.values() for lane in lanes.values() for entry in lane.pieces}
-            self._clients.bind_late(list(runs), now)
+            self._absent.bind_late(list(runs), now)
 
 
 def _is_readable(pieces: Sequence[Piece], worker: WorkerSession) -> bool:

@@ -106,7 +106,7 @@ class Ledger:
 
     def lease(self, batch: Batch, worker: WorkerSession, now: float) -> Lease:
         """Give the rows of a batch to a worker."""
-        pieces = list[Piece]()
+        pieces: list[Piece] = []
         num_bytes = 0
         for piece, num_rows in batch.picked:
             num_bytes += num_rows * (piece.run.num_bytes // piece.run.num_rows)

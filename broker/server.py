@@ -5,11 +5,10 @@ Knows ZeroMQ, signals and whom to ask when something else is ready. Decides noth
 
 import fcntl
 import functools
-import gc
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from penstock.broker.responder import Responder
 from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
+from penstock.broker.storage.records import Put
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import Store
 from penstock.broker.wire import MAX_FRAMES, ProtocolError, decode, encode
@@ -62,6 +62,8 @@ FAREWELL_S = 0.2
 SELF_TEST_S = 10.0
 CLOSE_S = 30.0
 """What is left to do when no task is open any more, mostly to write files, may take so long."""
+READ_PER_SIGN, SIGN_S = 50_000, 60.0
+"""While the journal is read: a sign of life every so many records, good for so long."""
 ROOM_S = 2.0
 """How often the space on the journal's disk is looked at."""
 COPIED_BYTES = 2048
@@ -150,10 +152,17 @@ class Server:
         began = time.monotonic()
         self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
         self._promises = Promises(store, self._send)
-        num_open = self.core.restore(store.load(), began)
+        num_open = self.core.restore(self._while_starting(store.load()), began)
         self._poller.register(store.fileno(), zmq.POLLIN)
         read_s = time.monotonic() - began
         log.info("journal in %s: %d durable tasks go on, read in %.1f s", self._folder / "journal", num_open, read_s)
+
+    def _while_starting(self, puts: Iterator[Put]) -> Iterator[Put]:
+        """A service manager waits for as long as records are read."""
+        for num_read, put in enumerate(puts):
+            if not num_read % READ_PER_SIGN:
+                self._notifier.starting(f"reading the journal: {num_read} records so far", SIGN_S)
+            yield put
 
     def keep(self, name: str, learner: Learner) -> None:
         """Have what it learns outlive this process, in a folder that is ours once the address is."""
@@ -187,7 +196,6 @@ class Server:
         published.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         server_key = "" if self._gate is None or self.address.is_ipc else self._gate.public_key
         write_connection(published, self.address, os.getpid(), server_key)
-        _tune_gc()
         for address in self._addresses:
             guard = "" if address.is_ipc else ", with keys" if self._gate is not None else ", open to every account here"
             log.info("broker %d listens at %s%s", os.getpid(), address.url, guard)
@@ -318,8 +326,7 @@ class Server:
         except zmq.Again:  # the poller saw the first frame of a message whose sender was cut off
             return
         first: Any = s.recv(_NOBLOCK, copy=False)
-        frame, frames = first, list[Any]()
-        frames.append(first.bytes)
+        frame, frames = first, [first.bytes]
         while frame.more:
             frame = s.recv(_NOBLOCK, copy=False)
             if len(frames) <= MAX_FRAMES:
@@ -401,10 +408,3 @@ def _lock(path: Path, address: Address) -> Any:
         f.close()
         raise AlreadyRunning(f"a broker is already running at {address.url}") from e
     return f
-
-
-def _tune_gc() -> None:
-    """Full collections over a million tasks would stop the loop for seconds; the core leaves no cycles behind."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()

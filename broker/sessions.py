@@ -108,7 +108,8 @@ class ClientSession:
 
     def acknowledge(self, seq: int) -> list[bytes]:
         """Forget what has arrived; the submissions of which everything has come back."""
-        outbox, finished = self.outbox, list[bytes]()
+        outbox = self.outbox
+        finished: list[bytes] = []
         while outbox and outbox[0].seq <= seq:
             message = outbox.popleft()
             self.num_unacked_bytes -= _bytes_of(message.outcomes)

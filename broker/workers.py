@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from penstock.broker import checkpoints
-from penstock.broker.clients import Clients
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.leases import Leases
 from penstock.broker.protocol import (
@@ -38,12 +37,11 @@ from penstock.broker.wire import Message
 class Workers:
     """All worker sessions."""
 
-    def __init__(self, state: BrokerState, clients: Clients, leases: Leases, dispatch: Dispatch) -> None:
+    def __init__(self, state: BrokerState, leases: Leases, dispatch: Dispatch) -> None:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
         self.by_secret = state.workers
         self.changed_at = state.started_at
-        self._clients = clients
         self._leases = leases
         self._dispatch = dispatch
 
@@ -138,8 +136,6 @@ class Workers:
         worker.is_ready = True
         self._dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
-        for spec in specs:
-            self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
         self._leases.rebind(now)
 
     def _heartbeat(self, route: Route, principal: str, m: WorkerHeartbeat, now: float) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from penstock.broker.columns import Buffer, frame_bytes
 from penstock.broker.storage.backup import back_up, let_go
 from penstock.broker.storage.payloads import Payloads
-from penstock.broker.storage.records import Copy, Corrupt, Erase, Put, StorageError, Write, checksum, pack, unpack
+from penstock.broker.storage.records import Copy, Corrupt, Erase, Put, StorageError, Write, checksum, pack, parts
 
 log = logging.getLogger("penstock.broker")
 FORMAT = 1
@@ -88,11 +88,13 @@ class SqliteStore:
         num_records = crc_sum = 0
         try:
             for task, body in self._db.execute("SELECT task, body FROM records ORDER BY seq"):
-                put = unpack(body)
-                if put.task != task:
+                if type(body) is not bytes:  # a damaged page may say that it is anything
+                    raise Corrupt("a record is none")
+                found, kind, frames = parts(body)
+                if found != task:
                     raise Corrupt("a record stands under another task")
                 num_records, crc_sum = num_records + 1, crc_sum + checksum(body)
-                yield Put(put.task, put.kind, self._payloads.resolve(put.frames))
+                yield Put(task, kind, self._payloads.resolve(frames))
         except (sqlite3.DatabaseError, Corrupt) as e:
             raise self._corrupt(e) from e
         if (num_records, crc_sum) != (self._num_records, self._crc_sum):
@@ -185,7 +187,7 @@ class SqliteStore:
         self._payloads.sync()
         db.execute("COMMIT")
         for body in erased:
-            self._payloads.release(unpack(body).frames)
+            self._payloads.release(parts(body)[2])
 
     def _kept(self, frame: Buffer) -> Buffer:
         return self._payloads.write(frame) if frame_bytes(frame) > LARGE_BYTES else self._payloads.inline(frame)

@@ -409,3 +409,24 @@ def test_workers_are_not_disturbed_by_a_full_turn_of_restored_tasks() -> None:
         submit(client, 1, run_id=run, is_again=True)
     w.commit()
     assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
+def test_after_a_restart_tasks_are_queued_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.broker.core.MAX_BOUND_PER_TURN", 10)
+    w = durable_world()
+    client = w.client()
+    runs = [submit(client, 1) for _ in range(35)]
+    w.commit()
+    w.restart()
+    worker = w.worker(spec(max_batch_size=64), batches=1)
+    assert worker.sizes() == [10], "the first portion, and no other was waited for"
+    assert not w.state.kernels.awaited()
+    worker.finish()
+    assert worker.sizes() == [25]
+    worker.finish()
+    w.commit()
+    client = w.client()
+    for run in runs:
+        submit(client, 1, run_id=run, is_again=True)
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in runs)
