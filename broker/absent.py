@@ -68,6 +68,11 @@ class Absent:
             self._outcomes.end_pieces(within(run, start, stop), FAILED, Error(Code.WORKER_LOST, text), now)
         run.started = []
 
+    def sweep(self) -> None:
+        """Whoever has nothing open any more is forgotten."""
+        for name in [name for name, session in self._sessions.items() if not session.runs]:
+            del self._sessions[name]
+
     def holds(self, run: Run) -> bool:
         """Whether its client is not there."""
         return run.session is self._sessions.get((run.session.principal, run.session.name))
@@ -79,7 +84,7 @@ class Absent:
         session.used_rows += num_over
         session.returned_rows += num_over
         entry = self._state.journal.entry(run)
-        self._outcomes.tell_again(session, entry.outcomes if entry is not None else [], ())
+        self._outcomes.tell_again(session, entry.outcomes if entry is not None else [], {})
 
     def bind_late(self, runs: Iterable[Run], now: float) -> None:
         """Bind runs that are open already, because their kernel came or changed; what it does not take ends here."""

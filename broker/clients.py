@@ -170,8 +170,8 @@ class Clients:
         return b"".join(i for i in unknown if i not in told)  # what another client has taken over it will be told
 
     def _acknowledge(self, session: ClientSession, seq: int, now: float) -> None:
-        for run_id in session.acknowledge(seq):
-            self.state.journal.acknowledged(session.principal, run_id, now)
+        for entry in session.acknowledge(seq):
+            self.state.journal.acknowledged(entry, now)
 
     def _find(self, session: ClientSession, run_id: bytes) -> Run | None:
         """An open run, if it is this session's."""
@@ -223,6 +223,7 @@ class Clients:
         for session in [s for s in self._by_secret.values() if now - s.last_seen > ttl_s]:
             self.state.counters["lost_clients"] += 1
             self._leave(session)
+        self.absent.sweep()
 
     def close_some(self, now: float) -> None:
         """Cancel what clients that left had open, up to a bound per turn."""
@@ -250,28 +251,29 @@ class Clients:
                 self._adopt(session, m)
             if self._is_repeat(session, m):
                 return
-            self._admission.check(session, m, num_rows, num_bytes, now)
             entry = self._admission.remembered(session, m, now)
+            self._admission.check(session, m, num_rows, num_bytes, now, entry)
             if entry is not None and entry.run is None:
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return
-            run = self._admission.open(session, m, num_bytes, now, entry is not None)
+            run = self._admission.open(session, m, num_bytes, now, entry)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1
             self.state.metrics.refused(refusal.error.code, refusal.short_of, num_rows)
             self.state.send(FRONT, session.route, Refused(id=m.id, error=refusal.error))
             return
-        if entry is not None and entry.run is not None:
-            entry.run.followers = [*(entry.run.followers or ()), run]
-        elif run.queue is None:
+        if entry is None and run.queue is None:
             self.state.kernels.park(run)
-        else:
+        elif entry is None and run.queue is not None:
             self.state.ledger.enqueue(run, run.queue)
         self.state.counters["accepted"] += num_rows
         if m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id), run.is_durable)
-        if entry is not None and entry.run is not None:
+            self._send_accepted(session, m.id, run.is_durable)
+        if entry is not None:
             self.outcomes.catch_up(run, entry.outcomes, now)
+
+    def _send_accepted(self, session: ClientSession, run_id: bytes, is_durable: bool) -> None:
+        self.state.send(FRONT, session.route, Accepted(id=run_id, is_durable=is_durable), is_promise=is_durable)
 
     def _adopt(self, session: ClientSession, m: Submit) -> None:
         try:
@@ -297,7 +299,7 @@ class Clients:
                 if message.seq == seq:
                     self._send_again(session, message)
         elif m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id), run.is_durable)
+            self._send_accepted(session, m.id, run.is_durable)
         return True
 
     def _replay(self, session: ClientSession, m: Submit, entry: Entry, num_rows: int, num_bytes: int) -> None:
@@ -305,12 +307,11 @@ class Clients:
         session.used_rows += num_rows
         session.used_bytes += num_bytes
         self._give_back(session, num_rows, num_bytes)
+        self.state.journal.also_known_as(entry, m.id)
         if m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id), bool(entry.number))
-        if entry.number:
-            self.state.journal.also_known_as(session.principal, m.id, self._admission.key_of(m) or m.id, entry.number)
+            self._send_accepted(session, m.id, bool(entry.number))
         outcomes = [replace(o, spans=[(m.id, s, e) for _, s, e in o.spans]) for o in entry.outcomes]
-        self.outcomes.tell_again(session, outcomes, [m.id], bool(entry.number))
+        self.outcomes.tell_again(session, outcomes, {m.id: entry if entry.number else None}, bool(entry.number))
         self.state.counters["replayed"] += num_rows
 
     def _give_back(self, session: ClientSession, num_rows: int, num_bytes: int) -> None:

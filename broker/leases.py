@@ -44,9 +44,10 @@ class Leases:
 
     def assign(self, lease: Lease) -> None:
         """Send a lease to its worker."""
-        for piece in lease.pieces:
-            self.state.journal.started(piece)
         queue, first, worker = lease.queue, lease.pieces[0].run, lease.worker
+        if not queue.spec.is_idempotent:
+            for piece in lease.pieces:
+                self.state.journal.started(piece)
         blocks = _blocks(lease.pieces)
         if any_shared(blocks):
             blocks = self.state.sharing.readable_batch(blocks, worker)
@@ -60,7 +61,8 @@ class Leases:
             predicted_ms=min(lease.batch.predicted_ms, MAX_PREDICTED_MS) if lease.batch.predicted_ms > TOLD_MS else 0.0,
             checkpoint=None if saved is None else saved.block, part=0 if saved is None else saved.part,
         )  # fmt: skip
-        self.state.send(BACK, worker.route, assign)
+        may_not_start_twice = not queue.spec.is_idempotent and any(piece.run.number for piece in lease.pieces)
+        self.state.send(BACK, worker.route, assign, is_promise=may_not_start_twice)
 
     def cancel(self, lease: Lease) -> None:
         """Tell the worker that nobody waits for this lease."""

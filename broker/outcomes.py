@@ -3,9 +3,10 @@
 Knows sessions' outboxes, and batches that nobody waits for any more. Does not know how a client asks for anything.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from penstock.broker.admission import Admission
+from penstock.broker.journal import Entry
 from penstock.broker.protocol import Code, Error, Outcome
 from penstock.broker.sessions import ClientSession
 from penstock.broker.settlement import Settlement, Span
@@ -43,23 +44,26 @@ class Outcomes:
     def end_pieces(self, ends: Sequence[tuple[Piece, int, int]], state: str, error: Error, now: float) -> None:
         self.settle([(p, s, e, 0) for p, s, e in ends], state, Outcome((), error=error), now)
 
-    def settle(self, ends: Sequence[tuple[Piece, int, int, int]], state: str, answer: Outcome, now: float) -> None:
+    def settle(
+        self, ends: Sequence[tuple[Piece, int, int, int]], state: str, answer: Outcome, now: float, is_shared: bool = False
+    ) -> None:
         """Rows have their outcome: close them, return credit, tell their clients.
 
         Args:
             ends: (piece, start, stop, first row in the answer's block).
             answer: what the outcomes have in common; its spans are filled in here.
+            is_shared: the rows are of runs that follow another one, which had this outcome.
         """
         unwanted: list[Lease] = []
         if state in (CANCELLED, EXPIRED):
             unwanted = list({p.lease: None for p, *_ in ends if p.lease is not None})
         settlement = Settlement(self._state, state, answer, now)
         for piece, start, stop, at in ends:
-            settlement.end(piece, start, stop, at)
+            settlement.end(piece, start, stop, at, is_shared)
         self._state.finish_rate.add(settlement.num_rows, now)
         for session, spans in settlement.spans.items():
             if not session.is_closed:
-                finished = settlement.finished.get(session, ())
+                finished = settlement.finished.get(session, {})
                 is_durable = session in settlement.durable
                 for portion in settlement.portions(spans):
                     self.deliver(session, [settlement.outcome(portion)], _among(finished, portion, spans), is_durable)
@@ -69,12 +73,15 @@ class Outcomes:
                 self._on_unwanted(lease)
 
     def deliver(
-        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = False
+        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Mapping[bytes, Entry | None], is_promise: bool
     ) -> None:
+        """Outcomes; `finished` are submissions of which nothing else will come, and what is kept until they have arrived."""
         results = session.add_result(outcomes, self._admission.credit(session))
-        for run_id in finished:
+        for run_id, entry in finished.items():
             session.finished[run_id] = results.seq
-        self._state.send(FRONT, session.route, self._state.sharing.readable_message(results, session), is_promise)
+            if entry is not None:
+                session.owed[run_id] = entry
+        self._state.send(FRONT, session.route, self._state.sharing.readable_message(results, session), is_promise=is_promise)
 
     def deliver_partial(self, piece: Piece, outcome: Outcome) -> None:
         """A piece of a streaming answer, if its client wants them."""
@@ -89,22 +96,25 @@ class Outcomes:
         for outcome in list(outcomes):
             for _, start, stop in outcome.spans:
                 ends = [(p, s, e, s - start) for p, s, e in within(follower, start, stop)]
-                self.settle(ends, DONE if outcome.error is None else FAILED, outcome, now)
+                self.settle(ends, DONE if outcome.error is None else FAILED, outcome, now, is_shared=True)
 
     def tell_again(
-        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = True
-    ) -> None:
-        """Outcomes that were recorded before; `finished` are submissions of which nothing else will come."""
+        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Mapping[bytes, Entry | None],
+        is_promise: bool = True,
+    ) -> None:  # fmt: skip
+        """Outcomes that were recorded before; see `deliver`."""
         for at in range(0, len(outcomes), MAX_REPLAYED):
             self.deliver(session, outcomes[at : at + MAX_REPLAYED], finished, is_promise)
 
 
-def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) -> Iterable[bytes]:
+def _among(
+    finished: Mapping[bytes, Entry | None], portion: list[Span], spans: list[Span]
+) -> Mapping[bytes, Entry | None]:
     """The finished runs of which this portion tells."""
     if len(portion) == len(spans):
         return finished
     told = {span[0] for span in portion}
-    return [run_id for run_id in finished if run_id in told]
+    return {run_id: entry for run_id, entry in finished.items() if run_id in told}
 
 
 def within(run: Run, start: int, stop: int) -> list[tuple[Piece, int, int]]:

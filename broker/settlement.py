@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from penstock.broker.columns import Block, any_shared, gather
+from penstock.broker.journal import Entry
 from penstock.broker.protocol import Outcome
 from penstock.broker.sessions import ClientSession
 from penstock.broker.shared import DESCRIPTOR_BYTES
 from penstock.broker.state import BrokerState
-from penstock.broker.tasks import CANCELLED, EXPIRED, QUEUED, Piece, Run
+from penstock.broker.tasks import CANCELLED, EXPIRED, Piece, Run
 from penstock.broker.wire import MAX_ROWS
 
 Span = tuple[bytes, int, int, int, float]
@@ -28,7 +29,8 @@ class Settlement:
     def __init__(self, state: BrokerState, outcome: str, answer: Outcome, now: float) -> None:
         self.num_rows = 0
         self.spans: dict[ClientSession, list[Span]] = {}
-        self.finished: dict[ClientSession, list[bytes]] = {}
+        self.finished: dict[ClientSession, dict[bytes, Entry | None]] = {}
+        """Submissions of which that was the last, and whose outcomes the session has then, if they are kept for it."""
         self.durable: set[ClientSession] = set()
         """Sessions that are told of a durable task's outcome."""
         self._state = state
@@ -36,9 +38,12 @@ class Settlement:
         self._answer = answer
         self._now = now
 
-    def end(self, piece: Piece, start: int, stop: int, at: int) -> None:
+    def end(self, piece: Piece, start: int, stop: int, at: int, is_shared: bool = False) -> None:
+        """Close rows; `is_shared`: with those of the run that it follows."""
         run, num_rows = piece.run, stop - start
-        session, followers = run.session, run.followers
+        session, followers, entry = run.session, run.followers, run.entry
+        if entry is not None and entry.run is not run and not is_shared:
+            run.has_own_end = True
         assigned_at = self._now if piece.lease is None else piece.lease.assigned_at
         span = (run.id, start, stop, at, 1000.0 * (assigned_at - run.arrived))
         self._count(run, num_rows, assigned_at, is_leased=piece.lease is not None)
@@ -52,16 +57,14 @@ class Settlement:
         else:
             spans.append(span)
         session.returned_rows += num_rows
-        if run.key is not None:
-            self._remember(run, span)
-        if run.number:
-            self.durable.add(session)
+        if entry is not None:
+            self._note(run, entry, span)
         if run.num_open == 0:
             session.returned_bytes += run.num_bytes
-            self.finished.setdefault(session, []).append(run.id)
-            self._state.journal.close(run, self._now)
-        for follower in followers or ():
-            self._pass_on(follower, start, stop, at)
+            is_owed = entry is not None and entry.number and not run.has_own_end
+            self.finished.setdefault(session, {})[run.id] = entry if is_owed else None
+        if followers:
+            self._pass_on(list(followers), start, stop, at, is_final=bool(run.number))
 
     def _count(self, run: Run, num_rows: int, assigned_at: float, is_leased: bool) -> None:
         metrics, arrived = self._state.metrics, run.arrived
@@ -73,25 +76,39 @@ class Settlement:
         elif self._outcome == EXPIRED:
             metrics.deadline_missed("running" if is_leased else "queued", num_rows)
 
-    def _remember(self, run: Run, span: Span) -> None:
+    def _note(self, run: Run, entry: Entry, span: Span) -> None:
+        """Remember the outcome of rows that were the first with their key."""
+        if entry.number:
+            self.durable.add(run.session)
+        if entry.run is not run:
+            if run.num_open == 0:
+                run.unfollow()
+            return
+        journal = self._state.journal
         if self._outcome in (CANCELLED, EXPIRED) and not run.number:
-            self._state.journal.forget(run)
-        else:
-            outcome = self.outcome([span])
-            if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
-                outcome = replace(outcome, block=outcome.block.copied())
-            self._state.journal.record(run, [outcome])
+            journal.forget(run)
+            return
+        outcome = self.outcome([span])
+        if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
+            outcome = replace(outcome, block=outcome.block.copied())
+        journal.record(run, [outcome], self._now)
+        if run.num_open == 0:
+            journal.close(run, self._now)
 
-    def _pass_on(self, follower: Run, start: int, stop: int, at: int) -> None:
-        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone."""
-        for piece in follower.overlapping(start, stop):
-            if piece.state != QUEUED or piece.entry is not None:
-                continue
-            if self._outcome in (CANCELLED, EXPIRED):
+    def _pass_on(self, followers: Sequence[Run], start: int, stop: int, at: int, is_final: bool) -> None:
+        """Runs with the same idempotency key wait for these rows: they share an answer. `is_final`: and an end without one.
+
+        A durable task is one task, whoever submitted it. What is not goes on alone where the first was cancelled or expired.
+        """
+        if self._outcome in (CANCELLED, EXPIRED) and not is_final:
+            for follower in followers:
+                follower.unfollow()
                 self._state.kernels.park(follower)  # until the turn, if the kernel is there
-                return
-            first = max(start, piece.start)
-            self.end(piece, first, min(stop, piece.stop), at + first - start)
+            return
+        for follower in followers:
+            for piece in follower.overlapping(start, stop):
+                first = max(start, piece.start)
+                self.end(piece, first, min(stop, piece.stop), at + first - start, is_shared=True)
 
     def portions(self, spans: list[Span]) -> Iterator[list[Span]]:
         """The spans in portions whose outcome fits a header, and a block; mostly just one."""

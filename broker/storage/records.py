@@ -16,6 +16,8 @@ _CRC_BYTES = 4
 _CRC_OF_ALL = 0x2144DF1C
 """The CRC32 of anything that its own CRC32 follows."""
 MAX_FRAMES = 0xFFFF
+KIND_AT = 9
+"""Where the kind is in a packed record, counted from 1 as SQL does."""
 
 
 class StorageError(RuntimeError):
@@ -37,9 +39,10 @@ class Put:
 
 @record
 class Erase:
-    """Forget a task and all of its records."""
+    """Forget the records of a task: those of some kinds, or all."""
 
     task: int
+    kinds: Sequence[int] = ()
 
 
 @record
@@ -80,6 +83,12 @@ def parts(data: bytes) -> tuple[int, int, list[bytes]]:
         frames.append(data[at : at + length])
         at += length
     return task, kind, frames
+
+
+def is_erased(erase: Erase, data: bytes) -> bool:
+    """Whether a packed record is to be forgotten."""
+    task, kind, _ = _HEAD.unpack_from(data)
+    return bool(task == erase.task and (not erase.kinds or kind in erase.kinds))
 
 
 def checksum(data: bytes) -> int:

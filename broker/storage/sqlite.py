@@ -20,7 +20,18 @@ from pathlib import Path
 from penstock.broker.columns import Buffer, frame_bytes
 from penstock.broker.storage.backup import back_up, let_go
 from penstock.broker.storage.payloads import Payloads
-from penstock.broker.storage.records import Copy, Corrupt, Erase, Put, StorageError, Write, checksum, pack, parts
+from penstock.broker.storage.records import (
+    KIND_AT,
+    Copy,
+    Corrupt,
+    Erase,
+    Put,
+    StorageError,
+    Write,
+    checksum,
+    pack,
+    parts,
+)
 
 log = logging.getLogger("penstock.broker")
 FORMAT = 1
@@ -34,6 +45,7 @@ CREATE INDEX by_task ON records (task);
 CREATE TABLE total (id INTEGER PRIMARY KEY CHECK (id = 0), num_records INTEGER NOT NULL, crc_sum INTEGER NOT NULL);
 INSERT INTO total VALUES (0, 0, 0);
 """
+_ERASE = f"DELETE FROM records WHERE task = ?1 AND (?2 = x'' OR instr(?2, substr(body, {KIND_AT}, 1))) RETURNING body"
 _PRAGMAS = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "wal_autocheckpoint=4000")
 
 
@@ -177,7 +189,7 @@ class SqliteStore:
             if rows:  # a record of the same group may be what is erased
                 db.executemany("INSERT INTO records (task, body) VALUES (?, ?)", rows)
                 rows = []
-            for (body,) in db.execute("DELETE FROM records WHERE task = ? RETURNING body", (write.task,)).fetchall():
+            for (body,) in db.execute(_ERASE, (write.task, bytes(write.kinds))).fetchall():
                 num_records, crc_sum = num_records - 1, crc_sum - checksum(body)
                 erased.append(body)
         if rows:

@@ -8,6 +8,7 @@ from broker_world import FakeClient, FakeWorker, World, blob_rows, spec, tag
 
 from penstock.broker import protocol as p
 from penstock.broker.core import ProcessEnded
+from penstock.broker.durable import ENTRY_BYTES
 from penstock.broker.storage.store import MemoryStore
 
 POISON = p.Error("kernel_failed", "no good", detail="Traceback: the end")
@@ -414,7 +415,7 @@ def test_the_payload_of_what_failed_counts() -> None:
     run = submit(client, 2)
     worker.finish(error=POISON) if worker.leases else None
     w.commit()
-    assert w.state.journal.num_kept_bytes == 40
+    assert w.state.journal.num_kept_bytes == ENTRY_BYTES + 40
     control(client, "drop", id=run)
     assert w.state.journal.num_kept_bytes == 0
 
@@ -585,7 +586,7 @@ class Walk:
         assert w.store is not None
         assert list(w.store.load()) == []
         journal = w.state.journal
-        assert (journal.num_kept_bytes, journal._num_bytes, journal._keys, journal._ids) == (0, 0, {}, {})
+        assert (journal.num_kept_bytes, journal._num_bytes, journal._entries, journal._names) == (0, 0, {}, {})
         assert not any(journal._over.values())
         assert not any(journal._failed.values())
 
