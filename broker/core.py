@@ -26,7 +26,7 @@ from penstock.broker.settings import SettingsError
 from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
 from penstock.broker.storage.records import Put, Write
-from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
+from penstock.broker.tasks import EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
@@ -217,7 +217,7 @@ class Core:
             regression = self.dispatch.maintain(now)
             if regression is not None:
                 self._roll_back(regression, now)
-        self._has_more = self.dispatch.run(now)
+        self._has_more = not self._is_done_giving and self.dispatch.run(now)
         self.state.sharing.flush()
 
     def _give_up(self, piece: Piece, error: Error, now: float) -> None:
@@ -257,7 +257,8 @@ class Core:
         """When `Turn` is due if nothing arrives before; `now` if there is more to do at once; None if never."""
         if self._has_more or self.clients.is_closing or self.state.kernels.awaited():
             return now
-        dues = [due for due in (self.state.ledger.next_deadline(), self.state.policy.wake_at) if due is not None]
+        wake_at = None if self._is_done_giving else self.state.policy.wake_at
+        dues = [due for due in (self.state.ledger.next_deadline(), wake_at) if due is not None]
         first = min(dues, default=None)
         if self.workers.by_secret or len(self.clients) or self.state.kernels.parked or self.state.kernels.lasting:
             sweep_at = self._swept_at + max(SWEEP_S, self.state.config.heartbeat_ms / 1000.0)
@@ -270,10 +271,15 @@ class Core:
         self.state.is_draining = True
 
     @property
+    def _is_done_giving(self) -> bool:
+        """It stops, and what still waits is durable: nothing is begun any more."""
+        return self.state.is_draining and not self.state.ledger.num_fleeting
+
+    @property
     def is_idle(self) -> bool:
-        """Nothing is open."""
-        num_open: int = self.state.ledger.num_open
-        return num_open == 0
+        """Nothing is open but durable tasks that wait: those go on with the next broker."""
+        ledger = self.state.ledger
+        return not (ledger.num_fleeting or ledger.num_rows[LEASED])
 
     def farewell(self) -> list[Send]:
         """The last messages of a broker that stops."""
