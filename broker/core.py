@@ -31,6 +31,8 @@ from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
+KEYED = ("client:", "admin:")
+"""How the principals of clients with a key begin."""
 MAX_BOUND_PER_TURN = 4096
 """Submissions that waited for a kernel, enough for the largest batch: after a restart there may be a million of them."""
 
@@ -96,6 +98,10 @@ class KeyList(Protocol):
 
     def reload(self) -> frozenset[str]:
         """Read it again: the principals whose keys are allowed no more. Raises ValueError: it cannot be used."""
+        ...
+
+    def allows(self, principal: str) -> bool:
+        """Whether some key of a principal, which has one, is allowed."""
         ...
 
     def report(self) -> dict[str, Any]:
@@ -190,6 +196,7 @@ class Core:
         num_open = len(open_ones)
         while open_ones:  # what was read goes as soon as it is taken up: a million need no place twice
             self.clients.absent.restore(journal, open_ones.popleft(), now)
+        self._disown(now)
         return num_open
 
     def take_writes(self) -> list[Write]:
@@ -325,8 +332,20 @@ class Core:
             self.state.events.add(SchedulingEvent(now, "reload_refused", "keys", str(e)))
             return Error(Code.INVALID, f"the keys stay as they are: {e}")
         self.clients.expel(gone)
+        self._disown(now)
         self.workers.expel(gone, now)
         return None
+
+    def _disown(self, now: float) -> None:
+        """Durable tasks of those whose key was revoked, perhaps while no broker ran, do not go on without them."""
+        for session in self.clients.absent.sessions():
+            principal = session.principal
+            if self.gate is None or not principal.startswith(KEYED) or not session.runs or self.gate.allows(principal):
+                continue
+            num_rows = session.used_rows - session.returned_rows
+            self.state.events.add(SchedulingEvent(now, "disowned", principal, f"{num_rows} durable tasks end: its key is revoked"))
+            error = Error(Code.NOT_AUTHORISED, f"the key of {principal} was revoked while this task was open")
+            self.clients.close(session, error)
 
     def _reload_settings(self, now: float) -> Error | None:
         if self._configuration is None:
