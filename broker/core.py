@@ -343,7 +343,8 @@ class Core:
             if self.gate is None or not principal.startswith(KEYED) or not session.runs or self.gate.allows(principal):
                 continue
             num_rows = session.used_rows - session.returned_rows
-            self.state.events.add(SchedulingEvent(now, "disowned", principal, f"{num_rows} durable tasks end: its key is revoked"))
+            text = f"{num_rows} durable tasks end: its key is revoked"
+            self.state.events.add(SchedulingEvent(now, "disowned", principal, text))
             error = Error(Code.NOT_AUTHORISED, f"the key of {principal} was revoked while this task was open")
             self.clients.close(session, error)
 
