@@ -34,6 +34,10 @@ class Absent:
             session.is_closed = True
         return session
 
+    def sessions(self) -> Iterable[ClientSession]:
+        """Those who hold the tasks of clients that are not there."""
+        return self._sessions.values()
+
     def account_of(self, principal: str, name: str) -> Account:
         """Whom the work of a client is charged to."""
         name = self._state.quotas.account_name(principal, name)

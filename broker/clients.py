@@ -69,7 +69,7 @@ class Clients:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
-        self._closing: deque[ClientSession] = deque()
+        self._closing: deque[tuple[ClientSession, Error]] = deque()
         self._admission = Admission(state, is_settled)
         self.outcomes = Outcomes(state, self._admission, on_unwanted)
         self.absent = Absent(state, self._admission, self.outcomes)
@@ -196,7 +196,7 @@ class Clients:
         for run in [run for run in session.runs if run.number]:
             self.absent.hand_over(run, self.absent.session(session.principal, session.name, session.last_seen))
         self.state.sharing.leave(session)
-        self._closing.append(session)
+        self.close(session, Error(Code.CANCELLED, "the client left"))
 
     def expel(self, principals: Collection[str]) -> None:
         """Their keys are allowed no more: their sessions and what is open in them end."""
@@ -225,17 +225,21 @@ class Clients:
             self._leave(session)
         self.absent.sweep()
 
+    def close(self, session: ClientSession, error: Error) -> None:
+        """What is open in a session that nobody is in any more ends so, a bounded part per turn."""
+        self._closing.append((session, error))
+
     def close_some(self, now: float) -> None:
-        """Cancel what clients that left had open, up to a bound per turn."""
+        """End what is open in closed sessions, up to a bound per turn."""
         budget = MAX_CLOSED_PER_TURN
         while self._closing and budget > 0:
-            session = self._closing[0]
+            session, error = self._closing[0]
             if not session.runs:
                 self._closing.popleft()
                 continue
             budget -= 1
             run = next(iter(session.runs))
-            self.outcomes.end_run(run, CANCELLED, Error(Code.CANCELLED, "the client left"), now)
+            self.outcomes.end_run(run, CANCELLED, error, now)
 
     @property
     def is_closing(self) -> bool:

@@ -26,11 +26,13 @@ from penstock.broker.settings import SettingsError
 from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
 from penstock.broker.storage.records import Put, Write
-from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
+from penstock.broker.tasks import EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
+KEYED = ("client:", "admin:")
+"""How the principals of clients with a key begin."""
 MAX_BOUND_PER_TURN = 4096
 """Submissions that waited for a kernel, enough for the largest batch: after a restart there may be a million of them."""
 
@@ -96,6 +98,10 @@ class KeyList(Protocol):
 
     def reload(self) -> frozenset[str]:
         """Read it again: the principals whose keys are allowed no more. Raises ValueError: it cannot be used."""
+        ...
+
+    def allows(self, principal: str) -> bool:
+        """Whether some key of a principal, which has one, is allowed."""
         ...
 
     def report(self) -> dict[str, Any]:
@@ -191,6 +197,7 @@ class Core:
         num_open = len(open_ones)
         while open_ones:  # what was read goes as soon as it is taken up: a million need no place twice
             self.clients.absent.restore(journal, open_ones.popleft(), now)
+        self._disown(now)
         return num_open
 
     def take_writes(self) -> list[Write]:
@@ -218,7 +225,7 @@ class Core:
             regression = self.dispatch.maintain(now)
             if regression is not None:
                 self._roll_back(regression, now)
-        self._has_more = self.dispatch.run(now)
+        self._has_more = not self._is_done_giving and self.dispatch.run(now)
         self.state.sharing.flush()
 
     def _give_up(self, piece: Piece, error: Error, now: float) -> None:
@@ -258,7 +265,8 @@ class Core:
         """When `Turn` is due if nothing arrives before; `now` if there is more to do at once; None if never."""
         if self._has_more or self.clients.is_closing or self.state.kernels.awaited():
             return now
-        dues = [due for due in (self.state.ledger.next_deadline(), self.state.policy.wake_at) if due is not None]
+        wake_at = None if self._is_done_giving else self.state.policy.wake_at
+        dues = [due for due in (self.state.ledger.next_deadline(), wake_at) if due is not None]
         first = min(dues, default=None)
         if self.workers.by_secret or len(self.clients) or self.state.kernels.parked or self.state.kernels.lasting:
             sweep_at = self._swept_at + max(SWEEP_S, self.state.config.heartbeat_ms / 1000.0)
@@ -271,10 +279,15 @@ class Core:
         self.state.is_draining = True
 
     @property
+    def _is_done_giving(self) -> bool:
+        """It stops, and what still waits is durable: nothing is begun any more."""
+        return self.state.is_draining and not self.state.ledger.num_fleeting
+
+    @property
     def is_idle(self) -> bool:
-        """Nothing is open."""
-        num_open: int = self.state.ledger.num_open
-        return num_open == 0
+        """Nothing is open but durable tasks that wait: those go on with the next broker."""
+        ledger = self.state.ledger
+        return not (ledger.num_fleeting or ledger.num_rows[LEASED])
 
     def farewell(self) -> list[Send]:
         """The last messages of a broker that stops."""
@@ -320,8 +333,21 @@ class Core:
             self.state.events.add(SchedulingEvent(now, "reload_refused", "keys", str(e)))
             return Error(Code.INVALID, f"the keys stay as they are: {e}")
         self.clients.expel(gone)
+        self._disown(now)
         self.workers.expel(gone, now)
         return None
+
+    def _disown(self, now: float) -> None:
+        """Durable tasks of those whose key was revoked, perhaps while no broker ran, do not go on without them."""
+        for session in self.clients.absent.sessions():
+            principal = session.principal
+            if self.gate is None or not principal.startswith(KEYED) or not session.runs or self.gate.allows(principal):
+                continue
+            num_rows = session.used_rows - session.returned_rows
+            text = f"{num_rows} durable tasks end: its key is revoked"
+            self.state.events.add(SchedulingEvent(now, "disowned", principal, text))
+            error = Error(Code.NOT_AUTHORISED, f"the key of {principal} was revoked while this task was open")
+            self.clients.close(session, error)
 
     def _reload_settings(self, now: float) -> Error | None:
         if self._configuration is None:

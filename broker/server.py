@@ -233,7 +233,8 @@ class Server:
             self._turn(self._wait_ms())
         self._stop_at = time.monotonic() + self.config.drain_s
         self._notifier.stopping(f"stopping: {self._status()}", self.config.drain_s + CLOSE_S)
-        log.info("stopping: %d open tasks may finish within %.0f s", self.core.state.ledger.num_open, self.config.drain_s)
+        text = "stopping: %d open tasks may finish within %.0f s; durable ones that wait are left to the next broker"
+        log.info(text, self.core.state.ledger.num_open, self.config.drain_s)
         self._handle(Stop())
         while not self.core.is_idle and self._signals.num_stops == 1 and time.monotonic() < self._stop_at:
             self._turn(self._wait_ms())

@@ -4,7 +4,7 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded
+from penstock.broker.core import ProcessEnded, Stop
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.store import MemoryStore
 
@@ -431,3 +431,50 @@ def test_after_a_restart_tasks_are_queued_in_portions(monkeypatch: pytest.Monkey
         submit(client, 1, run_id=run, is_again=True)
     w.commit()
     assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
+# --- a broker that stops -----------------------------------------------------------------------------------------------
+
+
+def test_a_stop_waits_for_what_runs_and_for_no_durable_task_that_waits() -> None:
+    w = durable_world()
+    worker, client = w.worker(spec(max_batch_size=1), batches=1), w.client()
+    runs = [submit(client, 1) for _ in range(3)]
+    w.commit()
+    w.step(Stop())
+    assert not w.core.is_idle, "one runs"
+    worker.finish()
+    assert w.core.is_idle
+    assert not worker.leases, "nothing is begun that the next broker can do as well"
+    w.commit()
+    w.restart()
+    worker = w.worker(batches=9)
+    worker.finish_all()
+    client = w.client()
+    for run in runs:
+        submit(client, 1, run_id=run, is_again=True)
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
+def test_a_stop_with_nothing_but_waiting_durable_tasks_is_idle_at_once() -> None:
+    w = durable_world()
+    submit(w.client(), kernel="late")
+    w.commit()
+    w.step(Stop())
+    assert w.core.is_idle
+
+
+def test_a_stop_waits_for_tasks_that_would_be_lost() -> None:
+    w = durable_world()
+    worker, client = w.worker(spec(max_batch_size=1), batches=1), w.client()
+    submit(client, 1)
+    plain = [client.submit(1) for _ in range(2)]
+    w.commit()
+    w.step(Stop())
+    for _ in range(3):
+        assert not w.core.is_idle
+        worker.finish()
+    assert w.core.is_idle
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in plain)
