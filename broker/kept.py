@@ -123,7 +123,7 @@ def outcome_of(number: int, outcome: Outcome, wall_s: float) -> Put:
 
 
 def known_of(number: int, told: tuple[str, bytes, bytes, str, str, int, float, bytes, float, bool]) -> Put:
-    """`told`: principal, key, id, client, kernel, rows, accepted at, digest, acknowledged at, and whether no outcome is kept."""
+    """`told`: principal, key, id, client, kernel, rows, accepted at, digest, acknowledged at, whether outcomes are gone."""
     return Put(number, KNOWN, [msgpack.packb(told)])
 
 

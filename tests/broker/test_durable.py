@@ -342,7 +342,7 @@ def num_records(w: World) -> int:
 def test_an_outcome_is_kept_until_it_is_acknowledged_and_its_key_for_the_window() -> None:
     w = durable_world(dedup_window_s=100.0, result_ttl_s=1000.0, session_ttl_s=1e6, liveness_s=1e6)
     worker, client = w.worker(), w.client()
-    run = submit(client)
+    submit(client)
     worker.finish()
     w.commit()
     w.advance(500.0)

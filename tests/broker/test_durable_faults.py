@@ -117,8 +117,8 @@ def test_who_ends_its_own_submission_ends_no_other(how: str) -> None:
         b.send(p.Goodbye())
     else:
         w.advance(6.0)
-    acknowledge(*([] if how == "leave" else [b]))
     finish(w)
+    acknowledge(*([] if how == "leave" else [b]))
     assert a.results(first) == [TOLD]
     assert b.results(second) == {"cancel": ["cancelled"], "expire": ["deadline_exceeded"], "leave": [None]}[how]
     assert kept_bytes(w) > 0, "who has not had the outcome has not acknowledged it"
