@@ -114,4 +114,4 @@ def _read(found: dict[int, Kept], put: Put) -> None:
         if lines:
             begun.evidence[start] = tuple(map(str, lines))
     else:
-        raise ValueError(f"unknown kind {put.kind}")
+        raise ValueError(f"kind {put.kind} is of a later version; this broker knows {TAKEN} to {ACKED}")
