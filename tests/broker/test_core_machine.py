@@ -7,8 +7,8 @@ import pytest
 from broker_machine import check_machine
 
 from penstock.broker.admission import Admission
-from penstock.broker.clients import Clients
 from penstock.broker.ledger import Ledger
+from penstock.broker.outcomes import Outcomes
 from penstock.broker.protocol import Outcome
 from penstock.broker.scheduling.lanes import BatchQueue, Lane
 from penstock.broker.scheduling.pull import PullPolicy
@@ -84,7 +84,7 @@ def _twin(piece: Piece) -> Piece:
 
 @fault
 def deadlines_are_skipped(patch: Patch) -> None:
-    patch.setattr(Clients, "expire", lambda self, now: None)
+    patch.setattr(Outcomes, "expire", lambda self, now: None)
 
 
 @fault
@@ -184,13 +184,14 @@ def a_split_turns_the_lease_around(patch: Patch) -> None:
 
 @fault
 def the_wrong_session_is_told(patch: Patch) -> None:
-    real = Clients._deliver
+    real = Outcomes.deliver
 
-    def deliver(self: Clients, session: ClientSession, outcomes: Any, finished: Any, is_promise: bool = False) -> None:
-        others = [s for s in self.by_route.values() if s is not session]
+    def deliver(self: Outcomes, session: ClientSession, outcomes: Any, finished: Any, is_promise: bool = False) -> None:
+        sessions = {run.session: None for run in self._state.ledger.runs()}
+        others = [s for s in sessions if s is not session and not s.is_closed]
         real(self, others[0] if others and session.last_seq % 3 == 2 else session, outcomes, finished, is_promise)
 
-    patch.setattr(Clients, "_deliver", deliver)
+    patch.setattr(Outcomes, "deliver", deliver)
 
 
 @fault
@@ -268,7 +269,7 @@ def an_acknowledgement_takes_one_too_many(patch: Patch) -> None:
 
 @fault
 def a_late_follower_is_not_told(patch: Patch) -> None:
-    patch.setattr(Clients, "_catch_up", lambda self, follower, entry, now: None)
+    patch.setattr(Outcomes, "catch_up", lambda self, follower, outcomes, now: None)
 
 
 @fault
