@@ -195,7 +195,7 @@ def _read(found: dict[int, Kept], put: Put) -> None:
 
 def _read_noted(kept: Kept, put: Put) -> None:
     if put.kind not in (STARTED, DIED):
-        raise ValueError(f"unknown kind {put.kind}")
+        raise ValueError(f"kind {put.kind} is of a later version; this broker knows {TAKEN} to {NAMED}")
     start, stop, *more = msgpack.unpackb(view(put.frames[0]))
     begun = kept.begun = kept.begun or Begun()
     if put.kind == STARTED:

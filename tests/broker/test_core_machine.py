@@ -187,7 +187,8 @@ def the_wrong_session_is_told(patch: Patch) -> None:
     real = Outcomes.deliver
 
     def deliver(self: Outcomes, session: ClientSession, outcomes: Any, finished: Any, is_promise: bool = False) -> None:
-        others = [run.session for run in self._state.ledger.runs() if run.session is not session]
+        sessions = {run.session: None for run in self._state.ledger.runs()}
+        others = [s for s in sessions if s is not session and not s.is_closed]
         real(self, others[0] if others and session.last_seq % 3 == 2 else session, outcomes, finished, is_promise)
 
     patch.setattr(Outcomes, "deliver", deliver)
