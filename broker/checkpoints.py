@@ -67,19 +67,14 @@ class Checkpoints:
 
     def of(self, lease: Lease) -> Saved | None:
         """What the row of a streaming lease goes on from. Another version of its kernel begins anew."""
-        piece, spec = lease.pieces[0], lease.queue.spec
-        if piece.saved is None:
-            return None
-        if piece.saved.digest != spec.digest:
-            self._state.counters["checkpoints_outdated"] += 1
-            self.drop(piece)
-            return None
-        self._state.counters["resumed"] += 1
-        return piece.saved
-
-    def drop(self, piece: Piece) -> None:
-        """Forget what is kept of a row."""
+        piece = lease.pieces[0]
         saved = piece.saved
-        if saved is not None:
+        if saved is None:
+            return None
+        if saved.digest != lease.queue.spec.digest:
+            self._state.counters["checkpoints_outdated"] += 1
             self._state.ledger.save(piece, None)
             self._state.journal.unsave(saved)
+            return None
+        self._state.counters["resumed"] += 1
+        return saved

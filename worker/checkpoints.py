@@ -54,7 +54,7 @@ class Saver:
 
     def _give_up(self, why: str) -> None:
         self._rest_s = math.inf
-        log.warning("%s; if this worker is lost, the task begins anew", why)
+        log.warning("%s; if this worker is lost, the task goes on from what was saved before, or begins anew", why)
 
 
 def to_block(kernel: str, values: Mapping[str, Any]) -> Block:

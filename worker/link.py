@@ -132,6 +132,7 @@ class CheckpointLimits:
 class Held:
     """A lease whose answer has not left. `num_bytes` is what it takes of the credit; `is_unshared`: it goes in frames."""
 
+    kernel: str
     is_stream: bool
     num_rows: int
     num_bytes: int
@@ -196,7 +197,7 @@ class Link:
             return False
         num_rows = sum(block.num_rows for block in assign.blocks)
         num_bytes = sum(block.nbytes for block in assign.blocks)
-        self.held[assign.lease] = Held(assign.mode == "stream", num_rows, num_bytes, assign.is_unshared)
+        self.held[assign.lease] = Held(assign.kernel, assign.mode == "stream", num_rows, num_bytes, assign.is_unshared)
         return True
 
     def encode(self, final: Final) -> list[Encoded]:

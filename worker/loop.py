@@ -219,7 +219,8 @@ class Worker:
     def _close(self, reason: str, is_fault: bool = False) -> None:
         name = self._config.session_name
         self._flush()
-        if self._link.state in (ATTACHED, WELCOME):
+        may_go_back = is_fault or self._work is None or self._work.end_begun()
+        if self._link.state in (ATTACHED, WELCOME) and may_go_back:  # else the broker sees that this process has ended
             send(self._socket, encode(protocol.Goodbye(reason=reason, is_fault=is_fault)))
         if self._link.held:
             log.warning("worker %s ended, %d leases unanswered: %s", name, len(self._link.held), reason)

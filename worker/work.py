@@ -128,6 +128,17 @@ class Work:
         if ended is not None:
             self._end(ended)
 
+    def end_begun(self) -> bool:
+        """This process ends: what has begun and must not run again is answered, all else goes back. False if it cannot be."""
+        waiting = {assign.lease for assign, _ in self._waiting}
+        plans = self.engine.runner.plans
+        once = [n for n, held in self._link.held.items() if held.kernel in plans and not plans[held.kernel].is_idempotent]
+        begun = [lease for lease in once if lease not in waiting]
+        error = Error(Code.WORKER_LOST, "its worker was stopped while it ran; it is not idempotent, so it was not run again")
+        for lease in begun:
+            self._send(Final(lease, [Answer(0, self._link.held[lease].num_rows, error=error)], {}))
+        return not any(lease in self._link.held for lease in begun)
+
     def forget(self) -> None:
         """Nobody waits for anything that is held."""
         self._waiting.clear()

@@ -27,6 +27,7 @@ class FakeBroker:
     Attributes:
         beats: (time, heartbeat) as they came.
         sessions: secret -> leases that this broker believes the session to hold.
+        limits: what its welcomes say of checkpoints; nothing, as those of a broker of protocol 1.2.
     """
 
     def __init__(self, folder: Path, epoch: int = 1, heartbeat_ms: float = 100.0) -> None:
@@ -43,6 +44,7 @@ class FakeBroker:
         self.sessions: set[bytes] = set()
         self.worker = b""
         self.is_deaf = False
+        self.limits: dict[str, Any] = {}
 
     def close(self) -> None:
         self.socket.close()
@@ -73,7 +75,8 @@ class FakeBroker:
             self.hellos.append(message)
             is_resumed = message.secret in self.sessions
             self.sessions.add(message.secret)
-            self.send(protocol.Welcome(epoch=self.epoch, heartbeat_ms=self.heartbeat_ms, is_resumed=is_resumed))
+            how = {"epoch": self.epoch, "heartbeat_ms": self.heartbeat_ms, "is_resumed": is_resumed, "limits": self.limits}
+            self.send(protocol.Welcome(**how))
         else:
             self.inbox.append(message)
 

@@ -18,7 +18,7 @@ import pytest
 from fake_broker import HERE, FakeBroker, assign, start_worker, tensor_block
 
 from penstock.broker import protocol
-from penstock.broker.columns import Block
+from penstock.broker.columns import Block, Column, pack
 from penstock.broker.protocol import Code
 from penstock.broker.wire import encode
 
@@ -220,6 +220,42 @@ def test_a_silent_broker_is_greeted_again(shared: Shared) -> None:
     assert len(broker.hellos) == 1
 
 
+def thought(lease: int, **fields: Any) -> protocol.Assign:
+    block = pack([(Column("prompt", "str", (), True), [3], [b"why"])], 1)
+    return assign(lease, "think", block, mode="stream", statics={"num_tokens": 60, "pause": 0.01}, **fields)
+
+
+def test_a_broker_that_takes_no_checkpoints_gets_none(shared: Shared) -> None:
+    lease = next(shared.leases)
+    shared.broker.send(thought(lease))
+    assert shared.broker.expect(protocol.WorkerFinal).lease == lease
+    assert not any(isinstance(m, protocol.Checkpoint) for m in shared.broker.inbox)
+    shared.broker.inbox.clear()
+
+
+def test_what_was_saved_is_where_another_lease_goes_on(broker: FakeBroker, start: Start) -> None:
+    broker.limits = {"checkpoint_ms": 50.0, "max_checkpoint_bytes": 1 << 20}
+    start()
+    specs = {spec["name"]: spec for spec in broker.expect(protocol.Ready).specs}
+    assert specs["think"]["checkpoints"] is True
+    assert "checkpoints" not in specs["count"]
+    broker.send(thought(1))
+    broker.expect(protocol.Checkpoint)
+    saved = broker.expect(protocol.Checkpoint)
+    broker.send(protocol.CancelLease(lease=1))
+    assert broker.expect(protocol.WorkerFinal).lease == 1
+    broker.inbox.clear()
+    broker.send(thought(2, checkpoint=saved.block, part=saved.part))
+    block = broker.expect(protocol.WorkerFinal).answers[0].block
+    parts = [m.part for m in broker.inbox if isinstance(m, protocol.WorkerPartial)]
+    assert parts == list(range(saved.part, 60))
+    assert block is not None
+    broker.send(thought(3))
+    whole = broker.expect(protocol.WorkerFinal).answers[0].block
+    assert whole is not None
+    assert [bytes(block.row(column, 0)) for column in range(2)] == [bytes(whole.row(column, 0)) for column in range(2)]
+
+
 def test_sigterm_finishes_what_is_held(broker: FakeBroker, start: Start) -> None:
     worker = start()
     broker.expect(protocol.Ready)
@@ -247,6 +283,25 @@ def test_a_second_signal_ends_at_once(broker: FakeBroker, start: Start) -> None:
     assert broker.expect(protocol.Goodbye).reason == "interrupted"
     assert worker.wait(EXIT_S) == 128 + signal.SIGINT
     assert not any(isinstance(m, protocol.WorkerFinal) for m in broker.inbox)
+
+
+def test_what_is_cut_short_and_not_idempotent_does_not_go_back(broker: FakeBroker, start: Start, tmp_ipc: Path) -> None:
+    """By its goodbye a worker says that nothing of what it holds has begun; the one that has is answered first."""
+    worker = start()
+    broker.expect(protocol.Ready)
+    for lease in (1, 2):
+        broker.send(assign(lease, "mark_once", nothing(1), **seconds(60.0)))
+    broker.wait_until(lambda: (tmp_ipc / "begun").exists(), "the first batch")
+    worker.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # two signals at once would count as one
+    worker.send_signal(signal.SIGINT)
+    final = broker.expect(protocol.WorkerFinal)
+    assert final.lease == 1
+    assert final.answers[0].error is not None
+    assert final.answers[0].error.code == Code.WORKER_LOST
+    assert broker.expect(protocol.Goodbye).reason == "interrupted"
+    assert worker.wait(EXIT_S) == 128 + signal.SIGINT
+    assert not any(isinstance(m, protocol.WorkerFinal) for m in broker.inbox), "the other one never began"
 
 
 def test_the_brokers_drain_ends_a_worker(broker: FakeBroker, start: Start) -> None:

@@ -182,3 +182,9 @@ class Think:
         assert bool(saved["is_odd"]) == (state["at"] % 2 == 1)
         assert saved["none"].shape == (0, 3)
         return {**state, "tokens": saved["tokens"], "heat": float(saved["heat"])}
+
+
+@kernel("mark_once", inputs={"seconds": Row()}, idempotent=False)
+def mark_once(seconds: torch.Tensor, context: Context) -> torch.Tensor:
+    """`mark`, which must not run twice."""
+    return mark(seconds, context)
