@@ -45,10 +45,12 @@ from penstock.broker.settlement import Settlement, Span
 from penstock.broker.sharing import Unshared
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece, Run
-from penstock.broker.wire import Message
+from penstock.broker.wire import Message, ProtocolError
 
 MAX_CLOSED_PER_TURN = 250
 MAX_IDLE_ABSENT = 1024
+MAX_OPEN_IDS = 65_536
+"""Of one `attach`, unless the window is larger: each is looked up."""
 MAX_REPLAYED = 32
 """Remembered outcomes per message: each has a header of its own."""
 
@@ -134,6 +136,8 @@ class Clients:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
+        if isinstance(m, Attach) and len(m.open) > ID_BYTES * max(MAX_OPEN_IDS, 2 * self.state.config.window_rows):
+            raise ProtocolError("more open submissions than a session may have")
         key = (principal, m.secret)
         session = self._by_secret.get(key)
         num_own, num_all, limit = self._num_of[principal], len(self._by_secret), self.state.config.max_clients

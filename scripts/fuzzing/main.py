@@ -49,7 +49,9 @@ def fuzz(target_name: str, seconds: float, seed: int, replay: Path | None) -> in
                 break
     except Violation as e:
         status = 1
-        print(f"{target_name}: input {number} of seed {seed}: {e}\nsaved: {save(target_name, name, frames)}")
+        print(f"{target_name}: input {number} of seed {seed}: {e}")
+        if replay is None:
+            print(f"saved: {save(target_name, name, frames)}")
         if e.__cause__ is not None:
             raise
     finally:
