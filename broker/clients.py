@@ -4,7 +4,7 @@ Knows what a client may do. Does not know what it is told of its rows' ends (`ou
 without it (`absent.py`), how batches are made or who runs them.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
@@ -38,13 +38,16 @@ from penstock.broker.protocol import (
     Submit,
     Welcome,
 )
+from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.sessions import ClientSession, Route
 from penstock.broker.sharing import Unshared
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.tasks import CANCELLED, Lease, Run
-from penstock.broker.wire import Message
+from penstock.broker.wire import Message, ProtocolError
 
 MAX_CLOSED_PER_TURN = 250
+MAX_OPEN_IDS = 65_536
+"""Of one `attach`, unless the window is larger: each is looked up."""
 
 
 class Clients:
@@ -69,6 +72,7 @@ class Clients:
         self.state = state
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
+        self._num_of = Counter[str]()
         self._closing: deque[tuple[ClientSession, Error]] = deque()
         self._admission = Admission(state, is_settled)
         self.outcomes = Outcomes(state, self._admission, on_unwanted)
@@ -126,16 +130,21 @@ class Clients:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
+        if isinstance(m, Attach) and len(m.open) > ID_BYTES * max(MAX_OPEN_IDS, 2 * self.state.config.window_rows):
+            raise ProtocolError("more open submissions than a session may have")
         key = (principal, m.secret)
         session = self._by_secret.get(key)
-        if session is None and len(self._by_secret) >= self.state.config.max_clients:
+        num_own, num_all, limit = self._num_of[principal], len(self._by_secret), self.state.config.max_clients
+        if session is None and not may_have_more(num_own, num_all, limit):
             self.state.counters["refused_sessions"] += 1
-            self._send_fault(route, Code.OVERLOADED, f"the broker has {len(self._by_secret)} clients, which is its limit")
+            text = f"the broker has {num_all} clients, {num_own} of them yours, and {limit} at most"
+            self._send_fault(route, Code.OVERLOADED, text)
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
             account = self.absent.account_of(principal, m.name)
             account.num_sessions += 1
+            self._num_of[principal] += 1
             session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
         self.lose_route(route)  # whoever was at this address is not there any more
         if session.route is not None:
@@ -192,6 +201,7 @@ class Clients:
         session.route = None
         session.is_closed = True
         session.account.num_sessions -= 1
+        self._num_of[session.principal] -= 1
         session.outbox.clear()
         for run in [run for run in session.runs if run.number]:
             self.absent.hand_over(run, self.absent.session(session.principal, session.name, session.last_seen))

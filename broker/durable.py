@@ -4,7 +4,7 @@ Knows what is in a record only by name (`kept.py`), no files (`storage/`), no se
 is given.
 """
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -26,6 +26,7 @@ from penstock.broker.kept import (
     taken,
 )
 from penstock.broker.protocol import ID_BYTES, Outcome
+from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.storage.records import Erase, Put
 from penstock.broker.tasks import Piece, Run, Saved
 
@@ -55,6 +56,7 @@ class DurableJournal(Journal):
     ) -> None:
         super().__init__(window_s, max_bytes)
         self.num_kept_bytes = 0
+        self._kept_bytes_of = Counter[str]()
         self._result_ttl_s = result_ttl_s
         self._max_result_bytes = max_result_bytes
         self._wall_offset_s = wall_offset_s
@@ -73,6 +75,8 @@ class DurableJournal(Journal):
             return "the disk of the broker's journal is almost full"
         if self.num_kept_bytes > self._max_result_bytes:
             return "too many results wait to be fetched: acknowledge or drop some"
+        if not may_have_more(self._kept_bytes_of[principal], self.num_kept_bytes, self._max_result_bytes):
+            return "too many of your results wait to be fetched: acknowledge or drop some"
         return None
 
     def accept(self, principal: str, key: bytes, digest: bytes, run: Run) -> Entry:
@@ -190,7 +194,11 @@ class DurableJournal(Journal):
         super()._retire(entry, now)
 
     def _count_kept(self, entry: Entry, sign: int) -> None:
-        self.num_kept_bytes += sign * (ENTRY_BYTES + entry.num_bytes)
+        principal, num_bytes = entry.key[0], sign * (ENTRY_BYTES + entry.num_bytes)
+        self.num_kept_bytes += num_bytes
+        self._kept_bytes_of[principal] += num_bytes
+        if not self._kept_bytes_of[principal]:
+            del self._kept_bytes_of[principal]
 
     def expire(self, now: float) -> None:
         """See `Journal`."""

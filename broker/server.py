@@ -55,7 +55,7 @@ log = logging.getLogger("penstock.broker")
 
 # Plain integers: pyzmq's enum flags cost more than the calls they are given to. So does asking a socket for EVENTS, which
 # is why the poller, one call for everything, is asked instead.
-_SNDMORE, _NOBLOCK, _SRCFD = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.SRCFD)
+_SNDMORE, _NOBLOCK = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 MAX_MESSAGES_PER_TURN = 128
 MAX_INTAKE_S = 0.005
 FAREWELL_S = 0.2
@@ -338,8 +338,9 @@ class Server:
             if not principal:
                 self._turn_away(door, route, first)
                 return
-        if door.connections is not None:
-            door.connections.heard(first.get(_SRCFD))
+        if not door.hear(first):
+            self.core.state.counters["unidentified"] += 1
+            return
         try:
             message = decode(self._types[door.side], frames)
         except ProtocolError as e:
@@ -347,6 +348,9 @@ class Server:
             return
         if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
             principal, pid = door.identify(first)
+            if not principal:
+                self.core.state.counters["unidentified"] += 1
+                return
         if isinstance(message, WorkerHello | Share):
             self._processes.watch(pid)
         self._handle(Received(door.side, route, principal, message, pid))
@@ -354,8 +358,7 @@ class Server:
     def _turn_away(self, door: Door, route: bytes, frame: Any) -> None:
         """A key that was revoked: say so, and end its connection."""
         self.core.state.counters["refused_revoked"] += 1
-        if door.connections is not None:
-            door.connections.heard(frame.get(_SRCFD), must_go=True)
+        door.hear(frame, must_go=True)
         self._perform([Send(door.side, route, _REVOKED)])
 
     def _handle(self, event: Any) -> None:

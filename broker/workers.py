@@ -74,9 +74,10 @@ class Workers:
             case Ready():
                 self._ready(worker, m, now)
             case Resident():
-                worker.resident[m.kernel] = m.state
-                if m.state == "ready":
-                    self.state.metrics.loaded(m.kernel, m.load_ms)
+                if any(name == m.kernel for name, _ in worker.specs):  # no table grows with names that a worker makes up
+                    worker.resident[m.kernel] = m.state
+                    if m.state == "ready":
+                        self.state.metrics.loaded(m.kernel, m.load_ms)
                 worker.progress_at = now
             case Drain():
                 self.drain(worker)

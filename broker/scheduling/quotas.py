@@ -14,6 +14,7 @@ from penstock.broker.scheduling.overload import retry_after
 from penstock.broker.wire import record
 
 MAX_ACCOUNTS = 10_000
+MAX_SHARE = 9
 SLACK = 1e-9
 """Of a bucket: sums of floats may not refuse what waited exactly as long as it was told."""
 
@@ -84,6 +85,14 @@ class QuotaExceeded:
 
     reason: str
     retry_after_s: float | None
+
+
+def may_have_more(own: int, used: int, limit: int) -> bool:
+    """Whether a principal with `own` of `used` may have more of what has one limit for all: up to nine times what is free.
+
+    So nobody alone takes more than nine tenths, and whoever has nothing finds room.
+    """
+    return own < MAX_SHARE * (limit - used)
 
 
 class _Meter:

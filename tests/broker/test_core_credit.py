@@ -149,6 +149,20 @@ def test_a_run_has_a_bounded_number_of_rows() -> None:
     assert client.refused[client.submit(run_id=run, block=tensor_rows(run, 0))].code == "invalid_input"
 
 
+def test_nobody_takes_the_last_sessions() -> None:
+    """One principal that opens session after session, over one connection even, leaves room for the others."""
+    w = World(max_clients=100)
+    greedy = [w.client(principal="client:greedy") for _ in range(95)]
+    assert [len(c.take(p.Fault)) for c in greedy] == [0] * 90 + [1] * 5
+    others = [w.client(principal=f"client:{i}") for i in range(10)]
+    assert [len(c.take(p.Fault)) for c in others] == [0] * 10
+    greedy[0].send(p.Goodbye())
+    assert w.client(principal="client:greedy").take(p.Fault), "what it gives back is not its own again at once"
+    for client in greedy[1:20]:
+        client.send(p.Goodbye())
+    assert not w.client(principal="client:greedy").take(p.Fault)
+
+
 def test_sessions_are_bounded() -> None:
     w = World(max_clients=2, max_workers=1)
     w.client()

@@ -256,3 +256,13 @@ def test_equal_events_give_equal_actions() -> None:
         return heard
 
     assert play() == play()
+
+
+def test_an_attach_names_no_more_than_a_session_may_have_open() -> None:
+    w = World(window_rows=10)
+    client = w.client()
+    client.send(p.Attach(name="client", secret=client.secret, epoch=client.epoch, open=bytes(16 * 65_537)))
+    assert client.take(p.Fault)[0].error.code == "protocol"
+    assert client.take(p.Welcome)[1:] == []
+    welcome = client.attach([bytes([i]) * 16 for i in range(256)])
+    assert len(welcome.unknown) == 16 * 256

@@ -335,3 +335,12 @@ def test_status_of_a_task_on_its_way() -> None:
     client.send(p.Status(request=2, id=run))
     client.send(p.Status(request=3, id=b"0" * 16))
     assert [r.body["state"] for r in client.take(p.Reply)] == ["finished", "unknown"]
+
+
+def test_a_worker_cannot_fill_tables_with_kernels_that_it_does_not_offer() -> None:
+    w = World()
+    worker = w.worker(spec("echo"))
+    for i in range(100):
+        worker.send(p.Resident(kernel=f"made up {i}", state="ready"))
+    worker.send(p.Resident(kernel="echo", state="loading"))
+    assert w.core.workers.by_route[worker.route].resident == {"echo": "loading"}

@@ -5,6 +5,7 @@ from broker_world import FakeClient, FakeWorker, World, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
 from penstock.broker.core import ProcessEnded, Stop
+from penstock.broker.durable import ENTRY_BYTES
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.store import MemoryStore
 
@@ -101,6 +102,28 @@ def test_without_room_durable_tasks_are_refused_and_others_taken(reason: str) ->
     worker.finish()
     w.commit()
     assert client.results(plain) != [None]
+
+
+def test_nobody_takes_all_the_room_for_results() -> None:
+    """Whoever leaves its results unfetched is refused before the others are."""
+    w = durable_world(max_kept_bytes=10 * (ENTRY_BYTES + 80))
+    worker = w.worker()
+    greedy, modest = w.client(principal="client:greedy"), w.client(principal="client:modest")
+
+    def is_taken(client: FakeClient) -> bool:
+        run = submit(client)
+        w.commit()
+        if run not in client.refused:
+            worker.finish()
+            w.commit()
+        return run not in client.refused
+
+    assert [is_taken(greedy) for _ in range(10)] == [True] * 9 + [False]
+    assert is_taken(modest)
+    modest.send(p.Ack(seq=modest.received))
+    assert is_taken(modest)
+    greedy.send(p.Ack(seq=greedy.received))
+    assert is_taken(greedy)
 
 
 def test_a_kernel_can_be_durable_by_configuration() -> None:
@@ -303,6 +326,25 @@ def test_a_client_that_comes_back_hears_what_it_missed() -> None:
     w.commit()
     told(client, run)
     assert client.credit[0] == 4096 + 2, "all credit came back"
+
+
+def test_clients_that_left_are_forgotten_with_their_last_task() -> None:
+    """A client may call itself something else each time."""
+    w = durable_world()
+    worker, stays = w.worker(), w.client("stays")
+    kept = submit(stays)
+    stays.send(p.Goodbye())
+    for i in range(100):
+        client = w.client(f"client {i}")
+        run = submit(client)
+        client.send(p.Goodbye())
+        w.core.clients.outcomes.end_run(w.state.ledger.find("uid:1", run), "cancelled", p.Error("cancelled", ""), w.now)
+    w.advance(1.0)
+    assert len(w.core.clients.absent._sessions) == 1
+    w.commit()
+    worker.finish_all()
+    w.commit()
+    told(again(w, kept), kept)
 
 
 def test_another_principal_does_not_see_it() -> None:

@@ -338,23 +338,6 @@ def test_what_is_gone_is_known_to_be_after_a_restart() -> None:
     assert list(w.store.load()) == []
 
 
-def test_sessions_of_nobody_go_with_their_tasks() -> None:
-    w = durable_world()
-    for i in range(20):
-        client = w.client(f"c{i}")
-        submit(client)
-        w.commit()
-        client.send(p.Goodbye())
-    w.worker().finish_all()
-    w.commit()
-    w.advance(10.0)
-    assert not absent(w)
-
-
-def absent(w: World) -> Any:
-    return w.core.clients.absent._sessions
-
-
 # --- clocks ------------------------------------------------------------------------------------------------------------
 
 

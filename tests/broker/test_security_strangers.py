@@ -1,5 +1,6 @@
 """A broker on tcp and everybody who should not get in, or not further than in: refused, counted, and nobody else disturbed."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -302,8 +303,18 @@ def test_a_quota_for_a_principal_holds_under_any_name(tmp_ipc: Path) -> None:
 # --- what they send --------------------------------------------------------------------------------------------------
 
 
-def bombs() -> list[list[bytes]]:
-    head = msgpack.packb("type") + msgpack.packb("hello")
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def bombs(trap: Path) -> list[list[bytes]]:
+    head, pickled = msgpack.packb("type") + msgpack.packb("hello"), pickle.dumps(Trap(trap))
     return [
         [VERSION, b"\x81\xa1a" + b"\x91" * 65_000],  # 65,000 deep
         [VERSION, b"\x82" + head + b"\xa1a" + b"\x9f" * 4000],
@@ -315,8 +326,9 @@ def bombs() -> list[list[bytes]]:
         [VERSION, b"\x82" + head + b"\xa4name\xc7\x05\x01hello"],  # an extension type
         [VERSION, b"\x80" * 65_537],
         [VERSION, msgpack.packb({"type": "status", "request": 1}), *[b""] * 8300],
-        [pickle.dumps(os.getcwd)], [VERSION, pickle.dumps({"type": "hello"})],
-        [VERSION, msgpack.packb({"type": "submit", "id": bytes(16), "kernel": "echo"}), pickle.dumps([1])],
+        [VERSION, b"\x82" + head + b"\xa4name" + b"\xdc\x20\x00" * 21_000],  # a thousand arrays of 8,192, one in the other
+        [pickled], [pickled, pickled], [VERSION, pickled],
+        [VERSION, msgpack.packb({"type": "submit", "id": bytes(16), "kernel": "echo"}), pickled],
     ]  # fmt: skip
 
 
@@ -324,11 +336,12 @@ def test_bombs_and_pickles_are_counted_and_cost_nothing(tmp_ipc: Path) -> None:
     with guarded(tmp_ipc) as b:
         b.check_serves()
         bob, before = b.peer("bob"), b.memory().rss
-        for frames in bombs() * 3:
+        for frames in bombs(tmp_ipc / "trap") * 3:
             bob.send_frames(*frames)
             fields, _ = bob.receive(timeout_s=10.0)
             assert (fields["type"], fields["error"][0]) == ("error", "protocol")
-        assert b.count("malformed") == 3 * len(bombs())
+        assert b.count("malformed") == 3 * len(bombs(tmp_ipc))
+        assert not (tmp_ipc / "trap").exists(), "something was unpickled"
         assert b.memory().rss - before < 40 * MB
         b.check_serves()
 
@@ -405,6 +418,54 @@ def test_slow_large_messages_of_an_honest_peer_are_not_cut(tmp_ipc: Path) -> Non
 
         wait_for(lambda: count("malformed") == 4)
         assert count("connections_cut") == 0
+
+
+def test_whom_the_kernel_does_not_vouch_for_is_nobody(tmp_ipc: Path) -> None:
+    """ZeroMQ tells nothing of a peer that speaks an older ZMTP, not even on ipc."""
+    with broker(tmp_ipc) as b:
+        for side in ("front", "back"):
+            for fields in (
+                {"type": "hello", "name": "old", "secret": bytes(16), "pid": 1, "device": "cpu"}, {"type": "share"},
+                {"type": "heartbeat", "session": bytes(16)}, {"type": "attach", "name": "old", "secret": bytes(16), "epoch": 1},
+            ):  # fmt: skip
+                with raw_zmtp.old_join(b.endpoint(side)) as s:
+                    s.sendall(raw_zmtp.frame(VERSION, more=True) + raw_zmtp.frame(msgpack.packb(fields)))
+                    s.recv(100)
+                    time.sleep(0.05)
+        client, worker = b.client(), b.worker()
+
+        def status() -> dict[str, Any]:
+            client.send("status", request=1)
+            body: dict[str, Any] = client.receive("reply")[0]["body"]
+            return body
+
+        wait_for(lambda: status()["counters"].get("unidentified", 0) >= 5)
+        assert status()["num_clients"] == 1
+        assert [w["name"] for w in status()["workers"]] == ["plain"]
+        run = client.submit([b"abc"])
+        worker.work()
+        assert client.result() == [(run, 0, b"cba")]
+
+
+def test_an_older_zmtp_is_nobody_on_tcp_either(tmp_ipc: Path) -> None:
+    hello = raw_zmtp.frame(VERSION, more=True) + raw_zmtp.frame(
+        msgpack.packb({"type": "hello", "name": "old", "secret": bytes(16)})
+    )
+    with unguarded(tmp_ipc) as b, raw_zmtp.old_join(b.endpoint("front")) as s:
+        s.sendall(hello)
+        client, worker = b.client(), b.worker()
+        run = client.submit([b"abc"])
+        worker.work()
+        assert client.result() == [(run, 0, b"cba")]
+        client.send("status", request=1)
+        report = client.receive("reply")[0]["body"]
+        assert (report["num_clients"], report["counters"]["unidentified"]) == (1, 1)
+    with guarded(tmp_ipc) as b, raw_zmtp.old_join(b.process.endpoint("front")) as s:
+        with contextlib.suppress(OSError):
+            s.sendall(hello)
+        assert raw_zmtp.is_closed(s)
+        b.check_serves()
+        assert b.status()["num_clients"] <= 2
 
 
 def test_who_never_finishes_a_handshake_is_dropped(tmp_ipc: Path) -> None:
