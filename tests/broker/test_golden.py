@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 from broker_process import broker, free_port, wait_for
-from broker_world import World, tag
+from broker_world import World, spec, tag
 from plain_peer import PlainPeer
 
 from penstock.broker import invariants
@@ -170,7 +170,7 @@ def with_record(kind: int, change: Any) -> MemoryStore:
     w = World(store=store)
     w.client().submit(1, is_durable=True)
     w.commit()
-    w.worker()
+    w.worker(spec(idempotent=False))
     w.commit()
     found = [Put(put.task, *change(put)) if put.kind == kind else put for put in store.load()]
     made = MemoryStore()
