@@ -35,9 +35,9 @@ def test_the_core_keeps_its_promises() -> None:
 def client_credit_is_forgotten(patch: Patch) -> None:
     real = Settlement.end
 
-    def end(self: Settlement, piece: Piece, start: int, stop: int, at: int) -> None:
+    def end(self: Settlement, piece: Piece, *args: Any, **shared: Any) -> None:
         session = piece.run.session
-        real(self, piece, start, stop, at)
+        real(self, piece, *args, **shared)
         session.returned_rows -= 1
 
     patch.setattr(Settlement, "end", end)
@@ -47,9 +47,9 @@ def client_credit_is_forgotten(patch: Patch) -> None:
 def client_bytes_come_back_twice(patch: Patch) -> None:
     real = Settlement.end
 
-    def end(self: Settlement, piece: Piece, start: int, stop: int, at: int) -> None:
+    def end(self: Settlement, piece: Piece, *args: Any, **shared: Any) -> None:
         run = piece.run
-        real(self, piece, start, stop, at)
+        real(self, piece, *args, **shared)
         run.session.returned_bytes += 20 * (run.num_open == 0)
 
     patch.setattr(Settlement, "end", end)
@@ -310,9 +310,9 @@ def a_late_follower_is_not_told(patch: Patch) -> None:
 def followers_are_forgotten_when_their_twin_is_cancelled(patch: Patch) -> None:
     real = Settlement._pass_on
 
-    def pass_on(self: Settlement, *args: Any) -> None:
+    def pass_on(self: Settlement, *args: Any, **final: Any) -> None:
         if self._outcome not in ("cancelled", "expired"):
-            real(self, *args)
+            real(self, *args, **final)
 
     patch.setattr(Settlement, "_pass_on", pass_on)
 
