@@ -325,6 +325,14 @@ class BrokerMachine(RuleBasedStateMachine):
             assert assign.part == int(wanted)
 
     @invariant()
+    def checkpoints_are_those_of_their_holders(self) -> None:
+        for lease in self.world.state.ledger.leases.values():
+            piece = lease.pieces[0]
+            if lease.mode == "stream" and piece.state == "leased":
+                wanted = self.saved.get(bytes(piece.run.block.row(0, piece.start))[:20])
+                assert (piece.saved and piece.saved.part) == (wanted and int(wanted))
+
+    @invariant()
     def rows_end_once_with_their_own_bytes(self) -> None:
         for client in self.clients:
             for (run_id, row), got in client.got.items():
