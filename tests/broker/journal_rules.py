@@ -23,7 +23,7 @@ def expected(groups: Iterable[Sequence[Write]]) -> Plain:
     kept: Plain = []
     for write in (write for group in groups for write in group):
         if isinstance(write, Erase):
-            kept = [row for row in kept if row[0] != write.task]
+            kept = [row for row in kept if row[0] != write.task or (write.kinds and row[1] not in write.kinds)]
         elif isinstance(write, Put):
             kept.append(plain_put(write))
     return kept

@@ -8,7 +8,7 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.durable import DurableJournal
+from penstock.broker.durable import ENTRY_BYTES, DurableJournal
 from penstock.broker.journal import Entry
 from penstock.broker.sessions import ClientSession
 from penstock.broker.settlement import Settlement
@@ -125,6 +125,19 @@ class Walk:
             case 11 if draw.random() < 0.2:
                 self.restart()
         self.ids += [m.body["id"] for m in client.take(p.Reply) if "id" in m.body]
+        self.check_tables()
+
+    def check_tables(self) -> None:
+        """Each entry is in one place, and what is counted is there."""
+        journal, kept = self.journal, self.journal._kept.values()
+        for entry in journal._entries.values():
+            is_open, is_kept, is_known = entry.run is not None, entry.key in journal._kept, entry.key in journal._known
+            assert is_open + is_kept + is_known == 1
+            assert entry.run is None or entry.run.entry is entry
+            assert all(journal._names["uid:1", name] is not None for name in entry.names)
+        assert len(journal._kept) + len(journal._known) <= len(journal._entries)
+        assert journal.num_kept_bytes == sum(ENTRY_BYTES + entry.num_bytes for entry in kept)
+        assert journal._num_bytes == sum(entry.num_bytes for entry in journal._known.values())
 
     def submit(self, client: Observer) -> None:
         """The same content under the same key, so that it is the same task."""

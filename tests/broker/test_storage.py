@@ -71,6 +71,7 @@ WRITES = st.lists(
     st.one_of(
         st.builds(Put, st.integers(1, 5), st.integers(0, 3), FRAMES),
         st.builds(Erase, st.integers(1, 5)),
+        st.builds(Erase, st.integers(1, 5), st.lists(st.integers(0, 3), max_size=2)),
     ),
     max_size=6,
 )
