@@ -59,7 +59,8 @@ class Outcomes:
             unwanted = list({p.lease: None for p, *_ in ends if p.lease is not None})
         settlement = Settlement(self._state, state, answer, now)
         for piece, start, stop, at in ends:
-            settlement.end(piece, start, stop, at, is_shared)
+            piece.run.has_own_end |= not is_shared
+            settlement.end(piece, start, stop, at)
         self._state.finish_rate.add(settlement.num_rows, now)
         for session, spans in settlement.spans.items():
             if not session.is_closed:

@@ -38,12 +38,11 @@ class Settlement:
         self._answer = answer
         self._now = now
 
-    def end(self, piece: Piece, start: int, stop: int, at: int, is_shared: bool = False) -> None:
-        """Close rows; `is_shared`: with those of the run that it follows."""
+    def end(self, piece: Piece, start: int, stop: int, at: int) -> None:
+        """Close rows, and with them those of the runs that follow theirs."""
         run, num_rows = piece.run, stop - start
         session, followers, entry = run.session, run.followers, run.entry
-        if entry is not None and entry.run is not run and not is_shared:
-            run.has_own_end = True
+        has_all = entry is not None and (entry.run is run or not run.has_own_end)
         assigned_at = self._now if piece.lease is None else piece.lease.assigned_at
         span = (run.id, start, stop, at, 1000.0 * (assigned_at - run.arrived))
         self._count(run, num_rows, assigned_at, is_leased=piece.lease is not None)
@@ -61,8 +60,7 @@ class Settlement:
             self._note(run, entry, span)
         if run.num_open == 0:
             session.returned_bytes += run.num_bytes
-            is_owed = entry is not None and entry.number and not run.has_own_end
-            self.finished.setdefault(session, {})[run.id] = entry if is_owed else None
+            self.finished.setdefault(session, {})[run.id] = entry if has_all and entry is not None and entry.number else None
         if followers:
             self._pass_on(list(followers), start, stop, at, is_final=bool(run.number))
 
@@ -108,7 +106,7 @@ class Settlement:
         for follower in followers:
             for piece in follower.overlapping(start, stop):
                 first = max(start, piece.start)
-                self.end(piece, first, min(stop, piece.stop), at + first - start, is_shared=True)
+                self.end(piece, first, min(stop, piece.stop), at + first - start)
 
     def portions(self, spans: list[Span]) -> Iterator[list[Span]]:
         """The spans in portions whose outcome fits a header, and a block; mostly just one."""

@@ -114,7 +114,7 @@ class Run:
         self.entry: Entry | None = None
         """What is remembered of it; of the run that it follows, if that is another."""
         self.has_own_end = False
-        """Whether a row of one that follows ended by itself."""
+        """Whether a row of it ended otherwise than with that of the run that it follows."""
         self.is_durable = False
         self.number = 0
         """Of its records, if it is durable."""
