@@ -56,6 +56,7 @@ def _value(cls: type[Message], name: str, block: Block) -> Any:
         "answers": [p.Answer(0, 2, block), p.Answer(2, 3, error=error)],
         "block": block,
         "blocks": [block, block],
+        "checkpoint": block,
         "body": {"id": ID, "state": "queued", "is_handed": True, "uses": [1, 8], "kernel": "echo", "rows": 2, "client": "c"},
         "credit": [100, 1 << 30],
         "device": "cpu" if cls is p.WorkerHello else {"device": "cpu", "fault": ""},
