@@ -12,6 +12,7 @@ from hashlib import blake2b
 from penstock.broker.journal import About, Entry, Journal, Key, bytes_of
 from penstock.broker.kept import (
     DIED,
+    OF_OUTCOME,
     OF_REQUEST,
     STARTED,
     Kept,
@@ -259,7 +260,7 @@ class DurableJournal(Journal):
             self._unlist(entry)
             acked_at = entry.expires_at - self._window_s
             super()._empty(entry)
-            self.writes += [Erase(entry.number), self._known_of(entry, acked_at)]
+            self.writes += [Erase(entry.number, OF_OUTCOME), self._known_of(entry, acked_at)]
         else:
             super()._empty(entry)
 

@@ -26,6 +26,8 @@ it: [task, row, its deaths, kernel's digest, acquittals] and the checkpoint. KNO
 beside its outcomes, in place of its submission; see `Known`. NAMED: the id of another submission with its key."""
 OF_REQUEST = (TAKEN, STARTED, DIED)
 """What is not needed any more when nothing of a task can run again."""
+OF_OUTCOME = (*OF_REQUEST, UNTIMED, OUTCOME, ACKED, KNOWN)
+"""And when its outcome is forgotten: its names stay."""
 Rows = tuple[int, int, int]
 """(start, stop, count)."""
 

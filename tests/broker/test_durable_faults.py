@@ -322,7 +322,7 @@ def test_the_disk_keeps_no_content_of_what_is_acknowledged(tmp_path: Path) -> No
 def test_what_is_gone_is_known_to_be_after_a_restart() -> None:
     w = durable_world(dedup_bytes=1)
     client = w.client()
-    submit(client, key=KEY, block=BLOCK)
+    names = [submit(client, key=KEY, block=BLOCK), submit(client, key=KEY, block=BLOCK)]
     w.commit()
     finish(w)
     acknowledge(client)
@@ -331,6 +331,7 @@ def test_what_is_gone_is_known_to_be_after_a_restart() -> None:
         run, other = submit(client, key=KEY, block=BLOCK), submit(client, key=KEY)
         w.commit()
         assert (client.refused[run].code, client.refused[other].code) == ("result_gone", "conflict")
+        assert [getattr(ask(client, p.Fetch, id=name).error, "code", None) for name in names] == ["result_gone"] * 2
         w.restart()
     w.advance(3601.0)
     w.commit()
