@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import gc
 import logging
 import resource
 import sys
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = load()
         url = settings.broker.url
         server = Server(settings, Address.find(url) if url else Address.default(), load)
+        _tune_gc()
         server.open()
     except (SettingsError, AddressError, ValueError, OSError) as e:
         print(f"penstock broker: {e}", file=sys.stderr)
@@ -75,6 +77,14 @@ def main(argv: list[str] | None = None) -> int:
 def _journal_failed(e: StorageError) -> int:
     print(f"penstock broker: {e}", file=sys.stderr)
     return 4
+
+
+def _tune_gc() -> None:
+    """Collections over a million tasks would stop the loop for seconds, and double the time that it takes to read them; the
+    core leaves no cycles behind."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 
 
 def _allow_many_connections() -> None:

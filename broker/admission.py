@@ -45,8 +45,10 @@ class Admission:
         config = self._state.config
         return session.returned_rows + config.window_rows, session.returned_bytes + config.window_bytes
 
-    def check(self, session: ClientSession, m: Submit, num_rows: int, num_bytes: int, now: float) -> None:
-        """Whether a submission is within every limit.
+    def check(
+        self, session: ClientSession, m: Submit, num_rows: int, num_bytes: int, now: float, entry: Entry | None
+    ) -> None:
+        """Whether a submission is within every limit that concerns it: what is known already (`entry`) takes no new room.
 
         Raises:
             Refusal: it is not.
@@ -54,7 +56,7 @@ class Admission:
         config = self._state.config
         if self._state.is_draining:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
-        if self.is_durable(m):
+        if entry is None and self.is_durable(m):
             self.check_journal(session.principal, num_rows, now)
         if not 1 <= num_rows <= config.max_rows_per_run:
             raise Refusal(Code.INVALID, f"a run has 1 to {config.max_rows_per_run} rows, not {num_rows}")
@@ -64,7 +66,8 @@ class Admission:
             most = min(config.window_bytes, config.max_queue_bytes)
             raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
         self.check_session(session, num_rows, num_bytes, now)
-        self.check_queue(session.account, num_rows, num_bytes, now)
+        if entry is None or entry.run is not None:
+            self.check_queue(session.account, num_rows, num_bytes, now)
 
     def check_session(self, session: ClientSession, num_rows: int, num_bytes: int, now: float) -> None:
         """Whether a session may have so much more open. Raises Refusal."""
@@ -151,23 +154,25 @@ class Admission:
         return Refusal(Code.OVERLOADED, reason, min(max(retry_ms, 20.0), 30_000.0), short_of)
 
     def remembered(self, session: ClientSession, m: Submit, now: float) -> Entry | None:
-        """What the journal has under the idempotency key."""
+        """What the journal has under the idempotency key. Raises Refusal: something else, or no more."""
         key = self.key_of(m)
         entry = None if key is None else self._state.journal.find(session.principal, key, now)
         if entry is None:
             return None
-        if entry.digest != digest_of(m):
+        if not entry.is_same(m):
             raise Refusal(Code.CONFLICT, "this idempotency key was used with other content")
+        if not entry.number and self.is_durable(m):
+            if entry.run is not None:
+                raise Refusal(Code.CONFLICT, "this idempotency key belongs to an open task that is not durable")
+            return None  # no disk has what a durable one promises: it begins anew
         if entry.is_gone:
             raise Refusal(Code.RESULT_GONE, "this submission was done; its result is no longer kept")
-        if entry.run is not None and not entry.number and self.is_durable(m):
-            raise Refusal(Code.CONFLICT, "this idempotency key belongs to an open task that is not durable")
         return entry
 
-    def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float, is_shared: bool = False) -> Run:
-        """Make the run, bound to its kernel unless that is still to come; `is_shared`: it waits for another one's outcome."""
+    def open(self, session: ClientSession, m: Submit, num_bytes: int, now: float, entry: Entry | None) -> Run:
+        """Make the run, bound to its kernel unless that is still to come; it follows the open one of its entry."""
         kernel = self._state.kernels.known.get(m.kernel)
-        if kernel is None and not is_shared and self._is_settled(now):
+        if kernel is None and entry is None and self._is_settled(now):
             known = ", ".join(sorted(self._state.kernels.known)) or "none: no worker has come yet"
             raise Refusal(Code.UNKNOWN_KERNEL, f"no worker offers {m.kernel!r}; known kernels: {known}")
         self._next_seq += 1
@@ -178,7 +183,7 @@ class Admission:
         if kernel is not None:
             try:
                 self.bind(run)
-                if not is_shared:
+                if entry is None:
                     self._check_work(run, now)
             except Refusal:
                 run.release()  # run and pieces know each other, and nobody collects cycles here
@@ -187,9 +192,20 @@ class Admission:
         session.used_bytes += num_bytes
         self._state.quotas.take((run.account.principal, run.account.name), run.num_rows, now)
         self._state.ledger.open(run)
-        if run.key is not None and self._state.journal.find(session.principal, run.key, now) is None:
-            self._state.journal.accept(session.principal, run.key, digest_of(m), run)
+        if entry is not None:
+            run.follow(entry)
+            self._state.journal.also_known_as(entry, run.id)
+        elif run.key is not None:
+            self._accept(run, now)
         return run
+
+    def _accept(self, run: Run, now: float) -> None:
+        journal, principal, key = self._state.journal, run.session.principal, run.key
+        assert key is not None
+        before = journal.find(principal, key, now)
+        if before is not None:  # of one that was not durable, and is over
+            journal.drop(before)
+        journal.accept(principal, key, digest_of(run.request), run)
 
     def _describe(self, run: Run, m: Submit, num_bytes: int) -> None:
         run.priority, run.scalars, run.traceparent = m.priority, m.scalars, m.traceparent
@@ -198,20 +214,23 @@ class Admission:
 
     def reopen(self, session: ClientSession, kept: Kept, arrived: float, deadline: float) -> Run:
         """A durable task that an earlier broker took, with the rows that have no outcome yet; its kernel is still to come."""
-        m = kept.submit
+        m = kept.request
         self._next_seq += 1
         run = Run(session, m.id, m.kernel, m.block.num_rows, self._next_seq, arrived)
         self._describe(run, m, m.block.nbytes)
         run.is_durable, run.key, run.deadline = True, kept.key, deadline
-        run.keep_only(sorted((s, e) for o in kept.outcomes for _, s, e in o.spans), kept.deaths)
-        run.started = [(start, stop) for start, stop, _ in kept.started]
-        for row, lines in kept.evidence.items():
-            for piece in run.overlapping(row, row + 1):
-                piece.evidence = lines
+        begun = kept.begun
+        if kept.outcomes or begun is not None:
+            run.keep_only(sorted((s, e) for o in kept.outcomes for _, s, e in o.spans), begun.deaths if begun else ())
+        if begun is not None:
+            run.started = begun.started
+            for row, lines in begun.evidence.items():
+                for piece in run.overlapping(row, row + 1):
+                    piece.evidence = lines
         session.used_rows += run.num_open
         session.used_bytes += run.num_bytes
         self._state.ledger.open(run)
-        for row, saved in kept.saved.items():
+        for row, saved in begun.saved.items() if begun is not None else ():
             for piece in run.cut_out(row, row + 1):
                 self._state.ledger.save(piece, saved)
         return run

@@ -1,21 +1,21 @@
-"""The client side of the core: sessions, submissions, outcomes.
+"""The client side of the core: sessions, submissions, cancels, questions.
 
-Knows what a client may do and what it is told. Does not know how batches are made or who runs them.
+Knows what a client may do. Does not know what it is told of its rows' ends (`outcomes.py`), what becomes of durable tasks
+without it (`absent.py`), how batches are made or who runs them.
 """
 
 import functools
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
 from penstock.broker import reports
+from penstock.broker.absent import Absent
 from penstock.broker.admission import Admission, Refusal, is_same
-from penstock.broker.durable import DurableJournal
-from penstock.broker.fitting import messages
 from penstock.broker.jobs import OPS, Jobs
 from penstock.broker.journal import Entry
-from penstock.broker.kept import Kept
+from penstock.broker.outcomes import Outcomes, within
 from penstock.broker.protocol import (
     ID_BYTES,
     Accepted,
@@ -30,7 +30,6 @@ from penstock.broker.protocol import (
     Goodbye,
     Heartbeat,
     Hello,
-    Outcome,
     Partial,
     Refused,
     Reply,
@@ -40,17 +39,16 @@ from penstock.broker.protocol import (
     Submit,
     Welcome,
 )
-from penstock.broker.scheduling.accounts import Account
 from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.sessions import ClientSession, Route
-from penstock.broker.settlement import Settlement, Span
 from penstock.broker.sharing import Unshared
 from penstock.broker.state import FRONT, BrokerState
-from penstock.broker.tasks import CANCELLED, DONE, EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece, Run
-from penstock.broker.wire import Message
+from penstock.broker.tasks import CANCELLED, Lease, Run
+from penstock.broker.wire import Message, ProtocolError
 
 MAX_CLOSED_PER_TURN = 250
-MAX_IDLE_ABSENT = 1024
+MAX_OPEN_IDS = 65_536
+"""Of one `attach`, unless the window is larger: each is looked up."""
 
 
 class Clients:
@@ -76,12 +74,11 @@ class Clients:
         self.by_route: dict[Route, ClientSession] = {}
         self._by_secret: dict[tuple[str, bytes], ClientSession] = {}
         self._num_of = Counter[str]()
-        self._closing: deque[ClientSession] = deque()
-        self._absent: dict[tuple[str, str], ClientSession] = {}
-        self._max_absent = MAX_IDLE_ABSENT
-        self._on_unwanted = on_unwanted
+        self._closing: deque[tuple[ClientSession, Error]] = deque()
         self._admission = Admission(state, is_settled)
-        self.jobs = Jobs(state, self, self._admission, may_operate)
+        self.outcomes = Outcomes(state, self._admission, on_unwanted)
+        self.absent = Absent(state, self._admission, self.outcomes)
+        self.jobs = Jobs(state, self.absent, self.outcomes, self._admission, may_operate)
         self._report = report
         self._control = control
 
@@ -134,6 +131,8 @@ class Clients:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     def _enter(self, route: Route, principal: str, m: Hello | Attach, now: float, pid: int) -> None:
+        if isinstance(m, Attach) and len(m.open) > ID_BYTES * max(MAX_OPEN_IDS, 2 * self.state.config.window_rows):
+            raise ProtocolError("more open submissions than a session may have")
         key = (principal, m.secret)
         session = self._by_secret.get(key)
         num_own, num_all, limit = self._num_of[principal], len(self._by_secret), self.state.config.max_clients
@@ -144,7 +143,7 @@ class Clients:
             return
         is_resumed = session is not None and (isinstance(m, Hello) or m.epoch == self.state.epoch)
         if session is None:
-            account = self.account_of(principal, m.name)
+            account = self.absent.account_of(principal, m.name)
             account.num_sessions += 1
             self._num_of[principal] += 1
             session = self._by_secret[key] = ClientSession(principal, m.name, m.secret, route, now, account)
@@ -174,7 +173,7 @@ class Clients:
         """Acceptances that may have been lost with the connection, perhaps while they waited for the disk."""
         for run in map(functools.partial(self._find, session), _ids(open_ids)):
             if run is not None and run.request.wants_accepted:
-                self.state.send(FRONT, session.route, Accepted(id=run.id), run.is_durable)
+                self._send_accepted(session, run.id, run.is_durable)
 
     def _send_again(self, session: ClientSession, message: Results | Partial) -> None:
         """All in frames: perhaps it is asked for again because shared memory could not be read."""
@@ -187,8 +186,8 @@ class Clients:
         return b"".join(i for i in unknown if i not in told)  # what another client has taken over it will be told
 
     def _acknowledge(self, session: ClientSession, seq: int, now: float) -> None:
-        for run_id in session.acknowledge(seq):
-            self.state.journal.acknowledged(session.principal, run_id, now)
+        for entry in session.acknowledge(seq):
+            self.state.journal.acknowledged(entry, now)
 
     def _find(self, session: ClientSession, run_id: bytes) -> Run | None:
         """An open run, if it is this session's."""
@@ -212,9 +211,9 @@ class Clients:
         self._num_of[session.principal] -= 1
         session.outbox.clear()
         for run in [run for run in session.runs if run.number]:
-            self.hand_over(run, self._nobody(session.principal, session.name, session.last_seen))
+            self.absent.hand_over(run, self.absent.session(session.principal, session.name, session.last_seen))
         self.state.sharing.leave(session)
-        self._closing.append(session)
+        self.close(session, Error(Code.CANCELLED, "the client left"))
 
     def expel(self, principals: Collection[str]) -> None:
         """Their keys are allowed no more: their sessions and what is open in them end."""
@@ -229,54 +228,6 @@ class Clients:
         for session in [s for s in self._by_secret.values() if s.sharer is not None and s.sharer.pid == pid]:
             self.state.counters["lost_clients"] += 1
             self._leave(session)
-
-    # --- durable tasks without a client ----------------------------------------------------------------------------
-
-    def _nobody(self, principal: str, name: str, now: float) -> ClientSession:
-        """Who holds the durable tasks of a client that is not there. It is told nothing: the journal keeps the outcomes."""
-        session = self._absent.get((principal, name))
-        if session is None:
-            if len(self._absent) >= self._max_absent:
-                self._absent = {key: absent for key, absent in self._absent.items() if absent.runs}
-                self._max_absent = max(MAX_IDLE_ABSENT, 2 * len(self._absent))
-            account = self.account_of(principal, name)
-            session = self._absent[principal, name] = ClientSession(principal, name, b"", None, now, account)
-            session.is_closed = True
-        return session
-
-    def account_of(self, principal: str, name: str) -> Account:
-        """Whom the work of a client is charged to."""
-        name = self.state.quotas.account_name(principal, name)
-        return self.state.policy.accounts.get(principal, name, self.state.quotas.rules(name).weight)
-
-    @staticmethod
-    def hand_over(run: Run, session: ClientSession) -> None:
-        """A run becomes another session's."""
-        before = run.session
-        before.runs.remove(run)
-        before.returned_rows += run.num_open
-        before.returned_bytes += run.num_bytes
-        session.runs.add(run)
-        session.used_rows += run.num_open
-        session.used_bytes += run.num_bytes
-        run.session = session
-
-    def restore(self, journal: DurableJournal, kept: Kept, now: float) -> Run:
-        """A durable task that is not over, of an earlier broker or begun again, goes on as nobody's."""
-        arrived = min(journal.monotonic(kept.accepted_at), now)
-        deadline = float("inf") if kept.deadline is None else journal.monotonic(kept.deadline)
-        run = self._admission.reopen(self._nobody(kept.principal, kept.client, arrived), kept, arrived, deadline)
-        self.state.kernels.park(run)
-        journal.reopen(kept, run)
-        return run
-
-    def _end_started(self, run: Run, now: float) -> None:
-        """What an earlier broker gave to a worker runs again only if it may."""
-        spec = self.state.kernels.known[run.kernel]
-        for start, stop in run.started if not spec.is_idempotent else ():
-            text = f"it may have run under an earlier broker; {run.kernel!r} is not idempotent, so it was not run again"
-            self.end_pieces(_within(run, start, stop), FAILED, Error(Code.WORKER_LOST, text), now)
-        run.started = []
 
     def forgive(self, pause_s: float, now: float) -> None:
         """The broker itself stood still: nobody else is to blame for it."""
@@ -294,18 +245,23 @@ class Clients:
             elif session.route is not None:
                 self.state.counters["silent_clients"] += 1
                 self.lose_route(session.route)
+        self.absent.sweep()
+
+    def close(self, session: ClientSession, error: Error) -> None:
+        """What is open in a session that nobody is in any more ends so, a bounded part per turn."""
+        self._closing.append((session, error))
 
     def close_some(self, now: float) -> None:
-        """Cancel what clients that left had open, up to a bound per turn."""
+        """End what is open in closed sessions, up to a bound per turn."""
         budget = MAX_CLOSED_PER_TURN
         while self._closing and budget > 0:
-            session = self._closing[0]
+            session, error = self._closing[0]
             if not session.runs:
                 self._closing.popleft()
                 continue
             budget -= 1
             run = next(iter(session.runs))
-            self.end_run(run, CANCELLED, Error(Code.CANCELLED, "the client left"), now)
+            self.outcomes.end_run(run, CANCELLED, error, now)
 
     @property
     def is_closing(self) -> bool:
@@ -321,28 +277,29 @@ class Clients:
                 self._adopt(session, m)
             if self._is_repeat(session, m):
                 return
-            self._admission.check(session, m, num_rows, num_bytes, now)
             entry = self._admission.remembered(session, m, now)
+            self._admission.check(session, m, num_rows, num_bytes, now, entry)
             if entry is not None and entry.run is None:
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return
-            run = self._admission.open(session, m, num_bytes, now, entry is not None)
+            run = self._admission.open(session, m, num_bytes, now, entry)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1
             self.state.metrics.refused(refusal.error.code, refusal.short_of, num_rows)
             self.state.send(FRONT, session.route, Refused(id=m.id, error=refusal.error))
             return
-        if entry is not None and entry.run is not None:
-            entry.run.followers = [*(entry.run.followers or ()), run]
-        elif run.queue is None:
+        if entry is None and run.queue is None:
             self.state.kernels.park(run)
-        else:
+        elif entry is None and run.queue is not None:
             self.state.ledger.enqueue(run, run.queue)
         self.state.counters["accepted"] += num_rows
         if m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id), run.is_durable)
-        if entry is not None and entry.run is not None:
-            self._catch_up(run, entry, now)
+            self._send_accepted(session, m.id, run.is_durable)
+        if entry is not None:
+            self.outcomes.catch_up(run, entry.outcomes, now)
+
+    def _send_accepted(self, session: ClientSession, run_id: bytes, is_durable: bool) -> None:
+        self.state.send(FRONT, session.route, Accepted(id=run_id, is_durable=is_durable), is_promise=is_durable)
 
     def _adopt(self, session: ClientSession, m: Submit) -> None:
         try:
@@ -350,81 +307,38 @@ class Clients:
         except Unshared as e:
             raise Refusal(Code.UNSHARED, str(e)) from None
 
-    def _catch_up(self, follower: Run, entry: Entry, now: float) -> None:
-        """Give a run the outcomes that its twin, still open, has had already."""
-        for outcome in list(entry.outcomes):
-            for _, start, stop in outcome.spans:
-                ends = [(p, s, e, s - start) for p, s, e in _within(follower, start, stop)]
-                self.settle(ends, DONE if outcome.error is None else FAILED, outcome, now)
-
     def _is_repeat(self, session: ClientSession, m: Submit) -> bool:
         """The same id again: nothing to do if it is the same submission."""
         run = self.state.ledger.find(session.principal, m.id)
         if run is None and m.id not in session.finished:
             return False
-        if run is not None and not (run.session in (session, self._absent.get(_name(run))) and is_same(run.request, m)):
+        if run is not None and not ((run.session is session or self.absent.holds(run)) and is_same(run.request, m)):
             if run.number and is_same(run.request, m):
                 raise Refusal(Code.CONFLICT, "another client has this task now: fetch it by its id")
             raise Refusal(Code.CONFLICT, "this id belongs to another submission: draw 16 random bytes for each")
         self.state.counters["repeated"] += 1
         if run is not None and run.session is not session:
-            self._rejoin(session, run)
+            self.absent.rejoin(session, run)
         if run is None:
             seq = session.finished[m.id]
             for message in session.outbox:
                 if message.seq == seq:
                     self._send_again(session, message)
         elif m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id), run.is_durable)
+            self._send_accepted(session, m.id, run.is_durable)
         return True
-
-    def _rejoin(self, session: ClientSession, run: Run) -> None:
-        """The client of a durable task is there again: it hears what it missed."""
-        self.hand_over(run, session)
-        num_over = run.num_rows - run.num_open
-        session.used_rows += num_over
-        session.returned_rows += num_over
-        entry = self.state.journal.entry(run)
-        self.tell_again(session, entry.outcomes if entry is not None else [], ())
-
-    def bind_late(self, runs: Iterable[Run], now: float) -> None:
-        """Bind runs that are open already, because their kernel came or changed; what it does not take ends here."""
-        for run in runs:
-            if run.started and run.kernel in self.state.kernels.known:
-                self._end_started(run, now)
-            if not run.num_open:  # it shared the outcome of one before it
-                continue
-            queued = [p for p in run.pieces if p.state == QUEUED]
-            for piece in queued:
-                if piece.entry is not None:
-                    self.state.policy.remove(piece)
-            try:
-                self._admission.bind(run)
-            except Refusal as refusal:
-                self.end_pieces([(p, p.start, p.stop) for p in queued], "failed", refusal.error, now)
-                continue
-            for piece in queued:
-                self.state.ledger.push(piece)
 
     def _replay(self, session: ClientSession, m: Submit, entry: Entry, num_rows: int, num_bytes: int) -> None:
         """Answer a submission whose twin is over with the twin's outcomes."""
         session.used_rows += num_rows
         session.used_bytes += num_bytes
         self._give_back(session, num_rows, num_bytes)
+        self.state.journal.also_known_as(entry, m.id)
         if m.wants_accepted:
-            self.state.send(FRONT, session.route, Accepted(id=m.id), bool(entry.number))
-        if entry.number:
-            self.state.journal.also_known_as(session.principal, m.id, entry.number)
+            self._send_accepted(session, m.id, bool(entry.number))
         outcomes = [replace(o, spans=[(m.id, s, e) for _, s, e in o.spans]) for o in entry.outcomes]
-        self.tell_again(session, outcomes, [m.id], bool(entry.number))
+        self.outcomes.tell_again(session, outcomes, {m.id: entry if entry.number else None}, bool(entry.number))
         self.state.counters["replayed"] += num_rows
-
-    def tell_again(
-        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = True
-    ) -> None:
-        """Outcomes that were recorded before; `finished` are submissions of which nothing else will come."""
-        for fitting in messages(outcomes):
-            self._deliver(session, fitting, finished, is_promise)
 
     def _give_back(self, session: ClientSession, num_rows: int, num_bytes: int) -> None:
         session.returned_rows += num_rows
@@ -438,66 +352,7 @@ class Clients:
             self.state.counters["cancelled_too_late"] += 1
             return
         error = Error(Code.CANCELLED, "cancelled by its client")
-        self.end_pieces(_within(run, m.start, m.stop), CANCELLED, error, now)
-
-    def expire(self, now: float) -> None:
-        """End runs whose deadline has come, up to a bound per turn."""
-        for _ in range(MAX_CLOSED_PER_TURN):
-            run = self.state.ledger.overdue(now)
-            if run is None:
-                return
-            self.state.policy.expired(run, now)
-            has_started = any(p.state == LEASED for p in run.pieces)
-            text = "the time limit was over while it was " + ("running" if has_started else "waiting")
-            self.end_run(run, EXPIRED, Error(Code.DEADLINE, text), now)
-
-    def end_run(self, run: Run, state: str, error: Error, now: float) -> None:
-        """Give every row of a run that has no outcome yet this one."""
-        self.end_pieces(_within(run, 0, run.num_rows), state, error, now)
-
-    def end_pieces(self, ends: Sequence[tuple[Piece, int, int]], state: str, error: Error, now: float) -> None:
-        self.settle([(p, s, e, 0) for p, s, e in ends], state, Outcome((), error=error), now)
-
-    def settle(self, ends: Sequence[tuple[Piece, int, int, int]], state: str, answer: Outcome, now: float) -> None:
-        """Rows have their outcome: close them, return credit, tell their clients.
-
-        Args:
-            ends: (piece, start, stop, first row in the answer's block).
-            answer: what the outcomes have in common; its spans are filled in here.
-        """
-        unwanted: list[Lease] = []
-        if state in (CANCELLED, EXPIRED):
-            unwanted = list({p.lease: None for p, *_ in ends if p.lease is not None})
-        settlement = Settlement(self.state, state, answer, now)
-        for piece, start, stop, at in ends:
-            settlement.end(piece, start, stop, at)
-        self.state.finish_rate.add(settlement.num_rows, now)
-        for session, spans in settlement.spans.items():
-            if not session.is_closed:
-                finished = settlement.finished.get(session, ())
-                is_durable = session in settlement.durable
-                for portion in settlement.portions(spans):
-                    self._deliver(session, [settlement.outcome(portion)], _among(finished, portion, spans), is_durable)
-        for lease in unwanted:
-            if not lease.is_cancelled and not any(p.state == LEASED for p in lease.pieces):
-                lease.is_cancelled = True
-                self._on_unwanted(lease)
-
-    def _deliver(
-        self, session: ClientSession, outcomes: Sequence[Outcome], finished: Iterable[bytes], is_promise: bool = False
-    ) -> None:
-        results = session.add_result(outcomes, self._admission.credit(session))
-        for run_id in finished:
-            session.finished[run_id] = results.seq
-        self.state.send(FRONT, session.route, self.state.sharing.readable_message(results, session), is_promise)
-
-    def deliver_partial(self, piece: Piece, outcome: Outcome) -> None:
-        """A piece of a streaming answer, if its client wants them."""
-        session = piece.run.session
-        if piece.run.wants_partials and not session.is_closed:
-            partial = session.add_partial(outcome)
-            if partial is not None:
-                self.state.send(FRONT, session.route, self.state.sharing.readable_message(partial, session))
+        self.outcomes.end_pieces(within(run, m.start, m.stop), CANCELLED, error, now)
 
     # --- status ----------------------------------------------------------------------------------------------------
 
@@ -525,21 +380,5 @@ class Clients:
         return reports.of_task(self.state, run, now)
 
 
-def _among(finished: Sequence[bytes], portion: list[Span], spans: list[Span]) -> Iterable[bytes]:
-    """The finished runs of which this portion tells."""
-    if len(portion) == len(spans):
-        return finished
-    told = {span[0] for span in portion}
-    return [run_id for run_id in finished if run_id in told]
-
-
 def _ids(together: bytes) -> list[bytes]:
     return [together[i : i + ID_BYTES] for i in range(0, len(together), ID_BYTES)]
-
-
-def _name(run: Run) -> tuple[str, str]:
-    return run.session.principal, run.session.name
-
-
-def _within(run: Run, start: int, stop: int) -> list[tuple[Piece, int, int]]:
-    return [(p, max(start, p.start), min(stop, p.stop)) for p in run.overlapping(start, stop)]

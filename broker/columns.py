@@ -32,6 +32,8 @@ MAX_COLUMNS = 64
 MAX_RANK = 8
 MAX_NAME = 64
 MAX_LAYOUT_BYTES = 8192
+MAX_ITEMS = 1 << 44
+"""Of a row, dimensions of 0 left out: no array may be of a shape that cannot be counted, not even an empty one."""
 MAX_INTERNED = 4096
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
@@ -211,7 +213,7 @@ class Block:
     def sent_frames(self) -> Sequence[Buffer]:
         """Those that travel."""
         if not self.layout.num_framed:
-            return cast(Sequence[Buffer], self.frames)
+            return cast("Sequence[Buffer]", self.frames)
         return [f for f in self.frames if not isinstance(f, SharedBytes)]
 
     def inlined(self) -> "Block":
@@ -277,6 +279,8 @@ class Block:
         is_fixed = layout.is_plain and self.lengths is layout.no_lengths
         if not is_fixed and any(c.is_ragged != (n is not None) for c, n in zip(layout.columns, self.lengths, strict=True)):
             raise LayoutError("a ragged column has lengths, and no other")
+        if not is_fixed and 0 in layout.item_bytes:
+            self._check_empty()
         if layout.has_packed:
             if layout.is_plain:
                 packed = self.num_rows * layout.item_bytes[0]
@@ -286,6 +290,12 @@ class Block:
                 raise LayoutError(f"the packed frame has {frame_bytes(self.frames[0])} bytes, {packed} expected")
         if layout.num_framed:
             self._check_framed()
+
+    def _check_empty(self) -> None:
+        """Where no byte says how long a row is, its length still has to be one that can be."""
+        for column, item, lengths in zip(self.columns, self.layout.item_bytes, self.lengths, strict=True):
+            if not item and lengths and max(lengths) * math.prod(n or 1 for n in column.shape) > MAX_ITEMS:
+                raise LayoutError(f"rows of {column.name!r} are longer than {MAX_ITEMS} items")
 
     def _check_framed(self) -> None:
         for i, column in enumerate(self.columns):
@@ -321,6 +331,8 @@ def _parse_column(described: Any) -> Column:
         raise LayoutError(f"dtype of {name!r} must be one of {', '.join(ITEM_BYTES)}")
     if not (isinstance(shape, list) and len(shape) <= MAX_RANK and _are_counts(shape)):
         raise LayoutError(f"shape of {name!r} must be at most {MAX_RANK} counts")
+    if math.prod(n or 1 for n in shape) > MAX_ITEMS:
+        raise LayoutError(f"rows of {name!r} have more than {MAX_ITEMS} items, or would with no dimension of 0")
     if type(is_ragged) is not bool or type(is_framed) is not bool or (dtype in BLOBS and (shape or not is_ragged)):
         raise LayoutError(f"column {name!r} is malformed")
     return Column(name, dtype, tuple(shape), is_ragged, is_framed)
@@ -358,9 +370,9 @@ def gather(pieces: Sequence[tuple[Block, int, int]]) -> Block:
     layout = first.layout
     if layout.is_plain:
         return _gather_plain(layout, pieces)
-    lengths = list[Lengths]()
-    packed = list[Any]()
-    framed = list[Stored]()
+    lengths: list[Lengths] = []
+    packed: list[Any] = []
+    framed: list[Stored] = []
     for i, column in enumerate(layout.columns):
         lengths.append([n for b, s, e in pieces for n in (b.lengths[i] or ())[s:e]] if column.is_ragged else None)
         if column.is_framed:

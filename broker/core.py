@@ -4,6 +4,7 @@
 arrived was taken in, so that they are as full as they can be (late binding).
 """
 
+from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
@@ -25,11 +26,15 @@ from penstock.broker.settings import SettingsError
 from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
 from penstock.broker.storage.records import Put, Write
-from penstock.broker.tasks import EXPIRED, FAILED, QUEUED, Lease, Piece
+from penstock.broker.tasks import EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece
 from penstock.broker.wire import Message, ProtocolError, record
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
+KEYED = ("client:", "admin:")
+"""How the principals of clients with a key begin."""
+MAX_BOUND_PER_TURN = 4096
+"""Submissions that waited for a kernel, enough for the largest batch: after a restart there may be a million of them."""
 
 
 @record
@@ -95,6 +100,10 @@ class KeyList(Protocol):
         """Read it again: the principals whose keys are allowed no more. Raises ValueError: it cannot be used."""
         ...
 
+    def allows(self, principal: str) -> bool:
+        """Whether some key of a principal, which has one, is allowed."""
+        ...
+
     def report(self) -> dict[str, Any]:
         """For status."""
         ...
@@ -135,7 +144,7 @@ class Core:
         self.leases = Leases(self.state, self.clients)
         self.dispatch = Dispatch(self.state, self.leases.assign, self._give_up)
         self.leases.dispatch = self.dispatch
-        self.workers = Workers(self.state, self.clients, self.leases, self.dispatch)
+        self.workers = Workers(self.state, self.leases, self.dispatch)
         self._swept_at = self._turned_at = now
         self._has_more = False
 
@@ -184,10 +193,12 @@ class Core:
         journal = self.state.journal
         if not isinstance(journal, DurableJournal):
             return 0
-        open_ones = journal.restore(puts, now)
-        for kept in open_ones:
-            self.clients.restore(journal, kept, now)
-        return len(open_ones)
+        open_ones = deque(journal.restore(puts, now))
+        num_open = len(open_ones)
+        while open_ones:  # what was read goes as soon as it is taken up: a million need no place twice
+            self.clients.absent.restore(journal, open_ones.popleft(), now)
+        self._disown(now)
+        return num_open
 
     def take_writes(self) -> list[Write]:
         """What the journal asks to be made safe."""
@@ -202,10 +213,9 @@ class Core:
             self.clients.forgive(pause_s, now)
             self.workers.forgive(pause_s, now)
         self._turned_at = now
-        self.clients.expire(now)
+        self.clients.outcomes.expire(now)
         self.clients.close_some(now)
-        if self.state.kernels.parked:
-            self._bind_parked(now)
+        self._bind_parked(now)
         if now - self._swept_at >= SWEEP_S:
             self._swept_at = now
             self.clients.sweep(now)
@@ -215,11 +225,11 @@ class Core:
             regression = self.dispatch.maintain(now)
             if regression is not None:
                 self._roll_back(regression, now)
-        self._has_more = self.dispatch.run(now)
+        self._has_more = not self._is_done_giving and self.dispatch.run(now)
         self.state.sharing.flush()
 
     def _give_up(self, piece: Piece, error: Error, now: float) -> None:
-        self.clients.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
+        self.clients.outcomes.end_pieces([(piece, piece.start, piece.stop)], EXPIRED, error, now)
 
     def _cancel_lease(self, lease: Lease) -> None:
         self.leases.cancel(lease)
@@ -232,9 +242,12 @@ class Core:
         return now - self.workers.changed_at > self.state.config.worker_grace_s
 
     def _bind_parked(self, now: float) -> None:
-        """Queue what waited for another submission with its key, which has ended without an answer."""
-        for name in [n for n in self.state.kernels.parked if n in self.state.kernels.known]:
-            self.clients.bind_late(self.state.kernels.unpark(name), now)
+        """Queue what waited for its kernel, or for another submission with its key that has ended without an answer."""
+        num_left = MAX_BOUND_PER_TURN
+        for name in self.state.kernels.awaited():
+            runs = self.state.kernels.unpark(name, num_left)
+            num_left -= len(runs)
+            self.clients.absent.bind_late(runs, now)
 
     def _refuse_unknown(self, now: float) -> None:
         """End what waits for a kernel that will not come."""
@@ -242,21 +255,20 @@ class Core:
         if not parked or not self._is_settled(now):
             return
         known = ", ".join(sorted(self.state.kernels.known)) or "none: no worker has come"
-        for name in list(parked):
-            runs = self.state.kernels.unpark(name)
-            for run in (run for run in runs if run.is_durable):
-                self.state.kernels.park(run)  # its worker may come later than any grace
-            for run in (run for run in runs if not run.is_durable):
+        for name in [name for name in parked if name not in self.state.kernels.known]:
+            for run in self.state.kernels.give_up(name):
                 error = Error(Code.UNKNOWN_KERNEL, f"no worker offers {name!r}; known kernels: {known}")
-                self.clients.end_pieces([(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED], FAILED, error, now)
+                queued = [(p, p.start, p.stop) for p in run.pieces if p.state == QUEUED]
+                self.clients.outcomes.end_pieces(queued, FAILED, error, now)
 
     def next_deadline(self, now: float) -> float | None:
         """When `Turn` is due if nothing arrives before; `now` if there is more to do at once; None if never."""
-        if self._has_more or self.clients.is_closing:
+        if self._has_more or self.clients.is_closing or self.state.kernels.awaited():
             return now
-        dues = [due for due in (self.state.ledger.next_deadline(), self.state.policy.wake_at) if due is not None]
+        wake_at = None if self._is_done_giving else self.state.policy.wake_at
+        dues = [due for due in (self.state.ledger.next_deadline(), wake_at) if due is not None]
         first = min(dues, default=None)
-        if self.workers.by_secret or len(self.clients) or self.state.kernels.parked:
+        if self.workers.by_secret or len(self.clients) or self.state.kernels.parked or self.state.kernels.lasting:
             sweep_at = self._swept_at + max(SWEEP_S, self.state.config.heartbeat_ms / 1000.0)
             return sweep_at if first is None else min(first, sweep_at)
         return first
@@ -267,10 +279,15 @@ class Core:
         self.state.is_draining = True
 
     @property
+    def _is_done_giving(self) -> bool:
+        """It stops, and what still waits is durable: nothing is begun any more."""
+        return self.state.is_draining and not self.state.ledger.num_fleeting
+
+    @property
     def is_idle(self) -> bool:
-        """Nothing is open."""
-        num_open: int = self.state.ledger.num_open
-        return num_open == 0
+        """Nothing is open but durable tasks that wait: those go on with the next broker."""
+        ledger = self.state.ledger
+        return not (ledger.num_fleeting or ledger.num_rows[LEASED])
 
     def farewell(self) -> list[Send]:
         """The last messages of a broker that stops."""
@@ -316,8 +333,21 @@ class Core:
             self.state.events.add(SchedulingEvent(now, "reload_refused", "keys", str(e)))
             return Error(Code.INVALID, f"the keys stay as they are: {e}")
         self.clients.expel(gone)
+        self._disown(now)
         self.workers.expel(gone, now)
         return None
+
+    def _disown(self, now: float) -> None:
+        """Durable tasks of those whose key was revoked, perhaps while no broker ran, do not go on without them."""
+        for session in self.clients.absent.sessions():
+            principal = session.principal
+            if self.gate is None or not principal.startswith(KEYED) or not session.runs or self.gate.allows(principal):
+                continue
+            num_rows = session.used_rows - session.returned_rows
+            text = f"{num_rows} durable tasks end: its key is revoked"
+            self.state.events.add(SchedulingEvent(now, "disowned", principal, text))
+            error = Error(Code.NOT_AUTHORISED, f"the key of {principal} was revoked while this task was open")
+            self.clients.close(session, error)
 
     def _reload_settings(self, now: float) -> Error | None:
         if self._configuration is None:

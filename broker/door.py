@@ -20,6 +20,7 @@ MAX_SEND_BACKLOG: Final = 20_000
 MAX_HANDSHAKE_MS: Final = 5000
 MAX_PENDING_CONNECTIONS: Final = 1024
 LOOPBACK_PRINCIPAL: Final = "loopback"
+_SRCFD: Final = int(zmq.SRCFD)
 
 
 class AlreadyRunning(RuntimeError):
@@ -74,14 +75,30 @@ class Door:
         if not self.is_ipc:
             self.connections = Connections(self.socket, max_partial_bytes, counters)
 
+    def hear(self, frame: zmq.Frame, must_go: bool = False) -> bool:
+        """A whole message has come over its connection; False if that is unknown, so that no limit could hold for it."""
+        if self.connections is None:
+            return True
+        try:
+            descriptor = int(frame.get(_SRCFD))
+        except zmq.ZMQError:
+            return False
+        self.connections.heard(descriptor, must_go)
+        return True
+
     def identify(self, frame: zmq.Frame) -> tuple[str, int]:
-        """Who sent it, and the process where the kernel vouches for it, else 0. No name: its key is allowed no more."""
-        if self.is_ipc:
-            _, uid, _, pid = str(frame.get("Peer-Address")).split(":")
-            return f"uid:{uid}", int(pid)
-        if self.gate is None:
+        """Who sent it, and the process where the kernel vouches for it, else 0. No name: its key is allowed no more, or
+        nobody vouches for it, as ZeroMQ does not for who speaks an older ZMTP."""
+        if not self.is_ipc and self.gate is None:
             return LOOPBACK_PRINCIPAL, 0
-        return self.gate.principal(str(frame.get("User-Id")), self.side), 0
+        try:
+            said = str(frame.get("Peer-Address" if self.is_ipc else "User-Id"))
+        except zmq.ZMQError:
+            return "", 0
+        if self.gate is not None:
+            return self.gate.principal(said, self.side), 0
+        _, uid, _, pid = said.rsplit(":", 3)
+        return f"uid:{uid}", int(pid)
 
     def close(self) -> None:
         if self.connections is not None:

@@ -9,15 +9,32 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from penstock.broker.journal import About, Entry, Journal, Key, digest_of
-from penstock.broker.kept import DIED, STARTED, Kept, acked, has_failed, noted, outcome_of, read, saved_of, taken
+from penstock.broker.journal import About, Entry, Journal, Key, bytes_of
+from penstock.broker.kept import (
+    DIED,
+    OF_OUTCOME,
+    OF_REQUEST,
+    STARTED,
+    Kept,
+    acked,
+    has_failed,
+    known_of,
+    named,
+    noted,
+    outcome_of,
+    read_all,
+    saved_of,
+    taken,
+)
 from penstock.broker.protocol import ID_BYTES, Outcome
 from penstock.broker.scheduling.quotas import may_have_more
 from penstock.broker.storage.records import Erase, Put
 from penstock.broker.tasks import Piece, Run, Saved
 
 MAX_NAMES = 16
-"""Submissions with one key whose acknowledgement counts."""
+"""Ids by which a task is known beside its key."""
+ENTRY_BYTES = 1024
+"""What a task that is kept takes beside its payload, in memory and on disk, about."""
 SAVED_BYTES_PER_S = 8 << 20
 """What checkpoints may write, on average: acceptances and outcomes wait behind them for the same disk."""
 
@@ -25,9 +42,11 @@ SAVED_BYTES_PER_S = 8 << 20
 class DurableJournal(Journal):
     """A journal whose durable tasks survive the broker: they have records, and outcomes stay until they are acknowledged.
 
+    An entry that has a number is open, then kept, then known as one without is; at each step less of it stays on disk.
+
     Args:
         result_ttl_s, max_result_bytes: how long, and how much in all, outcomes nobody has acknowledged are kept; past the
-            bytes no durable task is taken.
+            bytes no durable task is taken. What they answer counts with them.
         wall_offset_s: wall clock - monotonic clock.
     """
 
@@ -45,8 +64,7 @@ class DurableJournal(Journal):
         self._last = 0
         self._save_at = float("-inf")
         self._kept: OrderedDict[Key, Entry] = OrderedDict()
-        self._keys: dict[tuple[str, bytes], Key] = {}
-        self._ids: dict[int, list[tuple[str, bytes]]] = {}
+        self._names: dict[Key, Entry] = {}
         self._over: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
         self._failed: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
 
@@ -62,61 +80,63 @@ class DurableJournal(Journal):
             return "too many of your results wait to be fetched: acknowledge or drop some"
         return None
 
-    def _count_kept(self, principal: str, num_bytes: int) -> None:
-        self.num_kept_bytes += num_bytes
-        self._kept_bytes_of[principal] += num_bytes
-        if not self._kept_bytes_of[principal]:
-            del self._kept_bytes_of[principal]
-
     def accept(self, principal: str, key: bytes, digest: bytes, run: Run) -> Entry:
         """See `Journal`."""
         entry = super().accept(principal, key, digest, run)
         if run.is_durable:
             self._last += 1
             entry.number = run.number = self._last
-            self._name(run.number, principal, run.id, (principal, key))
+            self._name(entry, run.id)
             deadline = None if run.deadline == float("inf") else run.deadline + self._wall_offset_s
             arrived, request = run.arrived + self._wall_offset_s, run.request
             if request.block.layout.num_framed and request.block.has_shared:  # it is lent for as long as the task is open
                 request = replace(request, block=request.block.copied())
             entry.request = request
-            self.writes.append(taken(run.number, principal, run.session.name, request, arrived, deadline))
+            self.writes.append(taken(run.number, principal, run.client, request, arrived, deadline))
         return entry
 
-    def find(self, principal: str, key: bytes, now: float) -> Entry | None:
+    def also_known_as(self, entry: Entry, run_id: bytes) -> None:
         """See `Journal`."""
-        return super().find(principal, key, now) or self._kept.get((principal, key))
+        if entry.number and self._name(entry, run_id):
+            self.writes.append(named(entry.number, run_id))
 
-    def locate(self, principal: str, run_id: bytes | None, key: bytes | None, now: float) -> tuple[Key, Entry] | None:
+    def _name(self, entry: Entry, run_id: bytes) -> bool:
+        """Whether this is a new id of a task; most have none but their key."""
+        name = entry.key[0], run_id
+        if name == entry.key or self._names.get(name) is entry or len(entry.names) >= MAX_NAMES:
+            return False
+        self._names[name] = entry
+        entry.names += (run_id,)
+        return True
+
+    def locate(self, principal: str, run_id: bytes | None, key: bytes | None, now: float) -> Entry | None:
         """A durable task by its key, else by its id, which is the key of one that was given none."""
         self.expire(now)
-        found = (principal, key if key is not None else run_id or b"")
-        if key is None and run_id is not None:
-            found = self._keys.get((principal, run_id), found)
-        entry = self._open.get(found) or self._kept.get(found) or self._closed.get(found)
-        return None if entry is None or not entry.number else (found, entry)
+        if key is not None:
+            entry = self._entries.get((principal, key))
+        else:
+            name = principal, run_id or b""
+            entry = self._names.get(name) or self._entries.get(name)
+        return entry if entry is not None and entry.number else None
 
-    def over(self, principal: str, is_failed: bool) -> Iterator[tuple[bytes, Entry]]:
+    def over(self, principal: str, is_failed: bool) -> Iterator[Entry]:
         """Durable tasks that are over, of which something is left to fetch; the last to end comes first.
 
         Args:
             is_failed: only those with a row that has failed; else also all that nobody has acknowledged.
         """
-        for key, entry in reversed((self._failed if is_failed else self._over).get(principal, {}).items()):
-            if not entry.is_gone:
-                yield key, entry
+        table = self._failed if is_failed else self._over
+        return (entry for entry in reversed(table.get(principal, {}).values()) if not entry.is_gone)
 
     def started(self, piece: Piece) -> None:
         """See `Journal`."""
-        self._note(STARTED, piece, piece.deaths + 1)
+        if piece.run.number:
+            self.writes.append(noted(piece.run.number, STARTED, piece.start, piece.stop))
 
     def died(self, piece: Piece) -> None:
         """See `Journal`."""
-        self._note(DIED, piece, piece.deaths, *piece.evidence)
-
-    def _note(self, kind: int, piece: Piece, count: int, *lines: str) -> None:
         if piece.run.number:
-            self.writes.append(noted(piece.run.number, kind, piece.start, piece.stop, count, *lines))
+            self.writes.append(noted(piece.run.number, DIED, piece.start, piece.stop, piece.deaths, *piece.evidence))
 
     def save(self, piece: Piece, saved: Saved, now: float) -> None:
         """See `Journal`. A checkpoint has a record number of its own, so that the one before it can be erased."""
@@ -133,112 +153,124 @@ class DurableJournal(Journal):
         if saved.number:
             self.writes.append(Erase(saved.number))
 
-    def record(self, run: Run, outcomes: Sequence[Outcome]) -> None:
+    def record(self, run: Run, outcomes: Sequence[Outcome], now: float) -> None:
         """See `Journal`."""
-        super().record(run, outcomes)
+        super().record(run, outcomes, now)
         if run.number:
-            self.writes += [outcome_of(run.number, outcome) for outcome in outcomes]
+            self.writes += [outcome_of(run.number, outcome, now + self._wall_offset_s) for outcome in outcomes]
 
     def close(self, run: Run, now: float) -> None:
         """See `Journal`."""
-        entry = self.entry(run)
-        if entry is not None and entry.number and run.key is not None:
-            self._end((run.session.principal, run.key), entry, About.of(run))
+        if run.number:
+            entry = self.entry(run)
+            assert entry is not None
+            self._end(entry, About.of(run))
         super().close(run, now)
 
-    def _end(self, key: Key, entry: Entry, about: About) -> None:
-        """It is over: what can be listed, and what may be wanted again."""
+    def _end(self, entry: Entry, about: About) -> None:
+        """It is over: what can be listed, and what may be wanted again. What it answers stays on disk for now."""
         entry.about = about
-        self._over[key[0]][key[1]] = entry
-        if entry.request is not None and any(has_failed(outcome) for outcome in entry.outcomes):
-            entry.num_bytes += entry.request.block.nbytes
-            self._failed[key[0]][key[1]] = entry
+        self._over[entry.key[0]][entry.key[1]] = entry
+        assert entry.request is not None
+        entry.num_bytes += entry.request.block.nbytes
+        if any(has_failed(outcome) for outcome in entry.outcomes):
+            self._failed[entry.key[0]][entry.key[1]] = entry
         else:
+            entry.keep_digest()
             entry.request = None
 
-    def also_known_as(self, principal: str, run_id: bytes, number: int) -> None:
-        """See `Journal`."""
-        names = self._ids.get(number, ())
-        if names and len(names) < MAX_NAMES and (principal, run_id) not in self._keys:
-            self._name(number, principal, run_id, self._keys[names[0]])
-
-    def _name(self, number: int, principal: str, run_id: bytes, key: Key) -> None:
-        self._keys[principal, run_id] = key
-        self._ids.setdefault(number, []).append((principal, run_id))
-
-    def acknowledged(self, principal: str, run_id: bytes, now: float) -> None:
-        """See `Journal`."""
-        key = self._keys.get((principal, run_id))
-        entry = self._kept.pop(key, None) if key is not None else None
-        if key is not None and entry is not None:
-            self._count_kept(key[0], -entry.num_bytes)
-            self._note_acked(key, entry)
-            self.writes.append(acked(entry.number, now + self._wall_offset_s))
-            super()._retire(key, entry, now)
-
-    def _note_acked(self, key: Key, entry: Entry) -> None:
+    def acknowledged(self, entry: Entry, now: float) -> None:
+        """See `Journal`. Not, if it was before, or is forgotten; what began again since then is another entry."""
+        if self._kept.get(entry.key) is not entry:
+            return
+        del self._kept[entry.key]
+        self._count_kept(entry, -1)
         entry.is_acked = True
         if entry.request is None:
-            self._over[key[0]].pop(key[1], None)
+            entry.num_bytes = bytes_of(entry.outcomes)
+            self._over[entry.key[0]].pop(entry.key[1])
+            self.writes += [self._known_of(entry, now), Erase(entry.number, OF_REQUEST)]
+        else:
+            self.writes.append(acked(entry.number, now + self._wall_offset_s))
+        super()._retire(entry, now)
+
+    def _count_kept(self, entry: Entry, sign: int) -> None:
+        principal, num_bytes = entry.key[0], sign * (ENTRY_BYTES + entry.num_bytes)
+        self.num_kept_bytes += num_bytes
+        self._kept_bytes_of[principal] += num_bytes
+        if not self._kept_bytes_of[principal]:
+            del self._kept_bytes_of[principal]
 
     def expire(self, now: float) -> None:
         """See `Journal`."""
         super().expire(now)
         while self._kept:
-            key, entry = next(iter(self._kept.items()))
+            entry = next(iter(self._kept.values()))
             if entry.expires_at > now:
                 return
-            self.drop(key, entry)
+            self.drop(entry)
 
-    def drop(self, key: Key, entry: Entry) -> None:
-        """Forget a durable task that is over."""
-        if self._kept.pop(key, None) is None:
-            self._drop(key, entry)
-            return
-        self._count_kept(key[0], -entry.num_bytes)
-        self._erase(key, entry)
-
-    def begin_again(self, key: Key, entry: Entry, now: float) -> Kept:
-        """A durable task that is over begins again under another id, with the outcomes of the rows that have not failed.
-
-        Its key stays, and its old id is known. All that was known of its failures is forgotten.
-        """
-        about, request, names = entry.about, entry.request, self._ids[entry.number][: MAX_NAMES - 1]
-        assert about is not None and request is not None
-        kept_outcomes = [o for o in entry.outcomes if o.error is None]
-        self.drop(key, entry)
-        self._last += 1
-        new_id = blake2b(about.id, digest_size=ID_BYTES, person=b"requeued").digest()
-        submit = replace(request, id=new_id, key=key[1], is_again=False, ack=0)
-        deadline = None if submit.timeout_ms is None else now + submit.timeout_ms / 1000.0 + self._wall_offset_s
-        kept = Kept(self._last, key[0], about.client, submit, now + self._wall_offset_s, deadline)
-        kept.outcomes = [replace(o, spans=[(new_id, s, e) for _, s, e in o.spans]) for o in kept_outcomes]
-        self.writes.append(taken(kept.number, key[0], kept.client, submit, kept.accepted_at, deadline))
-        self.writes += [outcome_of(kept.number, outcome) for outcome in kept.outcomes]
-        self._name(kept.number, key[0], new_id, key)
-        for principal, run_id in names:
-            self._name(kept.number, principal, run_id, key)
-        return kept
-
-    def _retire(self, key: Key, entry: Entry, now: float) -> None:
-        if not entry.number:
-            super()._retire(key, entry, now)
-            return
-        entry.expires_at = now + self._result_ttl_s
-        self._count_kept(key[0], entry.num_bytes)
-        self._kept[key] = entry
-
-    def _drop(self, key: Key, entry: Entry) -> None:
-        super()._drop(key, entry)
-        self._erase(key, entry)
-
-    def _erase(self, key: Key, entry: Entry) -> None:
+    def drop(self, entry: Entry) -> None:
+        """See `Journal`."""
+        if self._kept.pop(entry.key, None) is not None:
+            self._count_kept(entry, -1)
+        super().drop(entry)
         if entry.number:
             self.writes.append(Erase(entry.number))
-            self._over[key[0]].pop(key[1], None)
-            self._failed[key[0]].pop(key[1], None)
-            for name in self._ids.pop(entry.number, ()):
-                self._keys.pop(name, None)
+            self._unlist(entry)
+            for run_id in entry.names:
+                if self._names.get((entry.key[0], run_id)) is entry:
+                    del self._names[entry.key[0], run_id]
+
+    def _unlist(self, entry: Entry) -> None:
+        for table in (self._over, self._failed):
+            table[entry.key[0]].pop(entry.key[1], None)
+
+    def begin_again(self, entry: Entry, now: float) -> Kept:
+        """A durable task that is over begins again under another id, with the outcomes of the rows that have not failed.
+
+        Its key stays, and its old ids are known. All that was known of its failures is forgotten.
+        """
+        (principal, key), about, request, outcomes = entry.key, entry.about, entry.request, entry.outcomes
+        assert about is not None and request is not None
+        self.drop(entry)
+        self._last += 1
+        new_id = blake2b(about.id, digest_size=ID_BYTES, person=b"requeued").digest()
+        submit = replace(request, id=new_id, key=key, is_again=False, ack=0)
+        wall_s = now + self._wall_offset_s
+        deadline = None if submit.timeout_ms is None else wall_s + submit.timeout_ms / 1000.0
+        kept = Kept(self._last, principal, about.client, submit, wall_s, deadline)
+        kept.outcomes = [replace(o, spans=[(new_id, s, e) for _, s, e in o.spans]) for o in outcomes if not has_failed(o)]
+        kept.names = tuple(run_id for run_id in (*entry.names, about.id) if run_id != key)[-MAX_NAMES + 1 :]
+        self.writes.append(taken(kept.number, principal, kept.client, submit, wall_s, deadline))
+        self.writes += [outcome_of(kept.number, outcome, wall_s) for outcome in kept.outcomes]
+        self.writes += [named(kept.number, run_id) for run_id in kept.names]
+        return kept
+
+    def _retire(self, entry: Entry, now: float) -> None:
+        if not entry.number:
+            super()._retire(entry, now)
+            return
+        entry.expires_at = now + self._result_ttl_s
+        self._count_kept(entry, 1)
+        self._kept[entry.key] = entry
+
+    def _empty(self, entry: Entry) -> None:
+        if entry.number and not entry.is_gone:
+            self._unlist(entry)
+            acked_at = entry.expires_at - self._window_s
+            super()._empty(entry)
+            self.writes += [Erase(entry.number, OF_OUTCOME), self._known_of(entry, acked_at)]
+        else:
+            super()._empty(entry)
+
+    def _known_of(self, entry: Entry, acked_at: float) -> Put:
+        about = entry.about
+        assert about is not None
+        arrived, acked_at = about.arrived + self._wall_offset_s, acked_at + self._wall_offset_s
+        (principal, key), digest, is_gone = entry.key, entry.digest, entry.is_gone
+        told = (principal, key, about.id, about.client, about.kernel, about.num_rows, arrived, digest, acked_at, is_gone)
+        return known_of(entry.number, told)
 
     # --- what a restart finds --------------------------------------------------------------------------------------
 
@@ -248,40 +280,55 @@ class DurableJournal(Journal):
         Raises:
             Corrupt: a record that no broker of this or an earlier version wrote.
         """
-        found = dict[int, Kept]()
-        for put in puts:
-            read(found, put)
-            self._last = max(self._last, put.task)
-        for kept in found.values():
-            if kept.is_over:
-                self._remember(kept, now)
+        found, self._last = read_all(puts)
+        over = [(self._past(kept.ended_at, now), kept) for kept in found.values() if kept.is_over]
+        acked_ones = list[tuple[float, Entry]]()
+        for ended_at, kept in sorted(over, key=_first):
+            entry = self._remember(kept, now)
+            if kept.acked_at is None:
+                self._retire(entry, ended_at)
+            else:
+                acked_ones.append((self._past(kept.acked_at, now), entry))
+        for acked_at, entry in sorted(acked_ones, key=_first):
+            super()._retire(entry, acked_at)
         return [kept for kept in found.values() if not kept.is_over]
 
-    def _remember(self, kept: Kept, now: float) -> None:
-        entry, key = self._entry_of(kept, None), (kept.principal, kept.key)
-        self._name(kept.number, kept.principal, kept.submit.id, key)
-        arrived = min(self.monotonic(kept.accepted_at), now)
-        about = About(kept.submit.id, kept.client, kept.submit.kernel, kept.submit.block.num_rows, arrived)
-        self._end(key, entry, about)
-        if kept.acked_at is None:
-            self._retire(key, entry, now)
+    def _past(self, wall_s: float | None, now: float) -> float:
+        """A time that an earlier broker wrote as one of ours. It is not to come, whatever the clock was then."""
+        return now if wall_s is None else min(self.monotonic(wall_s), now)
+
+    def _remember(self, kept: Kept, now: float) -> Entry:
+        entry = self._entry_of(kept, None)
+        about = About(kept.id, kept.client, kept.kernel, kept.num_rows, self._past(kept.accepted_at, now))
+        if kept.known is not None:
+            entry.about, entry.digest, entry.is_gone = about, kept.known.digest, kept.known.is_gone
         else:
-            self._note_acked(key, entry)
-            Journal._retire(self, key, entry, kept.acked_at - self._wall_offset_s)
+            self._end(entry, about)
+        if kept.acked_at is not None:
+            entry.is_acked = True
+            if entry.request is None:
+                self._over[kept.principal].pop(kept.key, None)
+        return entry
 
     def reopen(self, kept: Kept, run: Run) -> None:
         """The core has opened the run of a task again."""
         run.number = kept.number
-        key = (kept.principal, kept.key)
-        self._open[key] = self._entry_of(kept, run)
-        if kept.number not in self._ids:
-            self._name(kept.number, kept.principal, kept.submit.id, key)
+        run.entry = self._entry_of(kept, run)
 
-    @staticmethod
-    def _entry_of(kept: Kept, run: Run | None) -> Entry:
-        num_bytes = sum(o.block.nbytes for o in kept.outcomes if o.block is not None)
-        return Entry(digest_of(kept.submit), run, kept.outcomes, num_bytes, number=kept.number, request=kept.submit)
+    def _entry_of(self, kept: Kept, run: Run | None) -> Entry:
+        key = kept.principal, kept.key
+        num_bytes = bytes_of(kept.outcomes) if kept.outcomes else 0
+        entry = Entry(key, b"", run, kept.outcomes, num_bytes, number=kept.number, request=kept.submit)
+        self._entries[key] = entry
+        self._name(entry, kept.id)
+        for run_id in kept.names:
+            self._name(entry, run_id)
+        return entry
 
     def monotonic(self, wall_s: float) -> float:
         """A time of the wall clock as one of ours."""
         return wall_s - self._wall_offset_s
+
+
+def _first(pair: tuple[float, object]) -> float:
+    return pair[0]

@@ -87,6 +87,10 @@ class Gate:
             log.info("keys reloaded: %d allowed, not any more: %s", len(wanted), ", ".join(sorted(gone)) or "none")
         return gone
 
+    def allows(self, principal: str) -> bool:
+        """Whether some key of this `role:name` is allowed."""
+        return any(key.principal == principal for key in self._allowed.values())
+
     def report(self) -> dict[str, Any]:
         """For status: how many keys, and who was refused most."""
         worst = sorted(self._num_refused.items(), key=lambda entry: -entry[1])[:8]

@@ -56,7 +56,8 @@ def _blocks(core: Core) -> Iterator[Block]:
 def _check_nothing_is_forgotten(core: Core) -> None:
     """What is queued is in a queue that somebody serves, or waits for its kernel or for its twin."""
     state = core.state
-    waiting = {id(run) for runs in state.kernels.parked.values() for run in runs}
+    tables = state.kernels.parked, state.kernels.lasting
+    waiting = {id(run) for table in tables for runs in table.values() for run in runs}
     for run in state.ledger.runs():
         waiting |= {id(follower) for follower in run.followers or ()}
     for run in state.ledger.runs():

@@ -6,22 +6,21 @@ Knows whose they are: a principal sees its own and no others. Does not know how 
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 
+from penstock.broker.absent import Absent
 from penstock.broker.admission import Admission, Refusal
 from penstock.broker.durable import DurableJournal
-from penstock.broker.journal import About, Entry, Key
+from penstock.broker.journal import About, Entry
+from penstock.broker.outcomes import Outcomes
 from penstock.broker.protocol import Code, Control, Error, Fetch, Outcome, Reply, Status
 from penstock.broker.reports import MAX_LOOKED_AT, MAX_REPORT_BYTES
 from penstock.broker.sessions import ClientSession
 from penstock.broker.state import FRONT, BrokerState
 from penstock.broker.storage.records import Copy
 from penstock.broker.tasks import CANCELLED, DEAD, DONE, EXPIRED, FAILED, LEASED, Run
-
-if TYPE_CHECKING:
-    from penstock.broker.clients import Clients
 
 MAX_JOBS = 100
 MAX_ERRORS = 20
@@ -40,10 +39,11 @@ class Jobs:
     """
 
     def __init__(
-        self, state: BrokerState, clients: "Clients", admission: Admission, may_operate: Callable[[str], bool]
+        self, state: BrokerState, absent: Absent, outcomes: Outcomes, admission: Admission, may_operate: Callable[[str], bool]
     ) -> None:
         self._state = state
-        self._clients = clients
+        self._absent = absent
+        self._outcomes = outcomes
         self._admission = admission
         self._may_operate = may_operate
         self._copies: dict[str, tuple[ClientSession, int]] = {}
@@ -84,7 +84,7 @@ class Jobs:
             raise Refusal(Code.INVALID, "this broker keeps its tasks in memory: there are no durable ones")
         return journal
 
-    def _find(self, session: ClientSession, m: Status | Fetch | Control, now: float) -> tuple[Key, Entry]:
+    def _find(self, session: ClientSession, m: Status | Fetch | Control, now: float) -> Entry:
         if m.id is None and m.key is None:
             raise Refusal(Code.INVALID, "which task? give its id or its idempotency key")
         found = self._journal().locate(session.principal, m.id, m.key, now)
@@ -99,15 +99,14 @@ class Jobs:
         """One job with its errors; else those that have failed, or all: the oldest open ones, the last to end."""
         journal = self._journal()
         if m.id is not None or m.key is not None:
-            (_, key), entry = self._find(session, m, now)
-            return {"jobs": [{**of_job(key, entry, now), "errors": _errors(entry)}]}
+            entry = self._find(session, m, now)
+            return {"jobs": [{**of_job(entry, now), "errors": _errors(entry)}]}
         is_dead = m.what == "dead"
         journal.expire(now)
         seen = () if is_dead else islice(self._state.ledger.runs_of(session.principal), MAX_LOOKED_AT)
-        found = [(run.key or b"", journal.entry(run)) for run in sorted(seen, key=_seq) if run.number]
-        open_ones = [(key, entry) for key, entry in found if entry is not None]
+        open_ones = [run.entry for run in sorted(seen, key=_seq) if run.number and run.entry is not None]
         over = list(islice(journal.over(session.principal, is_dead), MAX_LOOKED_AT))
-        parts = [[of_job(key, entry, now) for key, entry in jobs[:MAX_JOBS]] for jobs in (open_ones, over)]
+        parts = [[of_job(entry, now) for entry in jobs[:MAX_JOBS]] for jobs in (open_ones, over)]
         while len(msgpack.packb(parts)) > MAX_REPORT_BYTES:
             parts = [part[: len(part) // 2] for part in parts]
         return {"jobs": [*parts[0], *parts[1]], "num_open": len(open_ones), "num_over": len(over)}
@@ -116,56 +115,56 @@ class Jobs:
 
     def _fetch(self, session: ClientSession, m: Fetch, now: float) -> None:
         """Say what it is; and, unless it stays with its client, send its outcomes so far, and all that will come."""
-        key, entry = self._find(session, m, now)
+        entry = self._find(session, m, now)
         if entry.is_gone:
             raise Refusal(Code.RESULT_GONE, "this task was done; its result is no longer kept")
         run, owner = entry.run, None if entry.run is None else entry.run.session
         uses = (0, 0) if run is None else (run.num_open, run.num_bytes)
         is_handed = owner is None or owner is session or owner.is_closed or m.take
-        body = {**of_job(key[1], entry, now), "is_handed": is_handed, "uses": uses}
+        body = {**of_job(entry, now), "is_handed": is_handed, "uses": uses}
         if is_handed:
             self._admission.check_session(session, *((0, 0) if owner is session else uses), now)
         elif owner is not None:
-            body["seen_ms"] = 1000.0 * (now - owner.last_seen)
+            body["client"], body["seen_ms"] = owner.name, 1000.0 * (now - owner.last_seen)
         self._reply(session, Reply(request=m.request, body=body))
         if not is_handed:
             return
         self._state.counters["fetched"] += 1
         if run is not None and owner is not None and owner is not session:
-            self._clients.hand_over(run, session)
+            self._absent.hand_over(run, session)
             if not owner.is_closed:
                 self._tell_taken(owner, run)
-        self._clients.tell_again(session, entry.outcomes, [body["id"]] if run is None else ())
+        self._outcomes.tell_again(session, entry.outcomes, {body["id"]: entry} if run is None else {})
 
     def _tell_taken(self, owner: ClientSession, run: Run) -> None:
         """The client that had it waits for nothing any more."""
         error = Error(Code.UNAVAILABLE, f"client {run.session.name!r} has taken this task over")
         spans = [(run.id, piece.start, piece.stop) for piece in run.pieces]
         for at in range(0, len(spans), MAX_SPANS_TOLD):
-            self._clients.tell_again(owner, [Outcome(spans[at : at + MAX_SPANS_TOLD], error=error)], ())
+            self._outcomes.tell_again(owner, [Outcome(spans[at : at + MAX_SPANS_TOLD], error=error)], {})
 
     # --- changing --------------------------------------------------------------------------------------------------
 
     def _cancel(self, session: ClientSession, m: Control, now: float) -> dict[str, Any]:
-        key, entry = self._find(session, m, now)
+        entry = self._find(session, m, now)
         if entry.run is None:
-            raise Refusal(Code.INVALID, f"it has ended: {of_job(key[1], entry, now)['state']}")
+            raise Refusal(Code.INVALID, f"it has ended: {of_job(entry, now)['state']}")
         run_id = entry.run.id
-        self._clients.end_run(entry.run, CANCELLED, Error(Code.CANCELLED, f"cancelled by client {session.name!r}"), now)
+        self._outcomes.end_run(entry.run, CANCELLED, Error(Code.CANCELLED, f"cancelled by client {session.name!r}"), now)
         return {"id": run_id}
 
     def _drop(self, session: ClientSession, m: Control, now: float) -> dict[str, Any]:
         """Forget its outcomes and its key."""
-        key, entry = self._find(session, m, now)
+        entry = self._find(session, m, now)
         if entry.about is None:
             raise Refusal(Code.INVALID, "it has not ended: cancel it first")
-        self._journal().drop(key, entry)
+        self._journal().drop(entry)
         self._state.counters["dropped"] += 1
         return {"id": entry.about.id}
 
     def _requeue(self, session: ClientSession, m: Control, now: float) -> dict[str, Any]:
         """The rows that failed run again, under a new id; the answer of one that has begun again already is the same."""
-        key, entry = self._find(session, m, now)
+        entry = self._find(session, m, now)
         if entry.run is not None:
             return {"id": entry.run.id}
         if entry.is_gone:
@@ -174,11 +173,12 @@ class Jobs:
             raise Refusal(Code.INVALID, "nothing of it has failed")
         if self._state.is_draining:
             raise Refusal(Code.UNAVAILABLE, "the broker is stopping")
-        journal, num_rows = self._journal(), _count(entry).total() - _count(entry)[DONE]
-        account = self._clients.account_of(session.principal, entry.about.client)
+        journal, counts = self._journal(), _count(entry)
+        num_rows = counts.total() - counts[DONE] - counts[CANCELLED]
+        account = self._absent.account_of(session.principal, entry.about.client)
         self._admission.check_journal(session.principal, num_rows, now)
         self._admission.check_queue(account, num_rows, entry.request.block.nbytes, now)
-        run = self._clients.restore(journal, journal.begin_again(key, entry, now), now)
+        run = self._absent.restore(journal, journal.begin_again(entry, now), now)
         self._state.counters["requeued"] += num_rows
         return {"id": run.id}
 
@@ -203,9 +203,9 @@ class Jobs:
         self._reply(session, session.answered[-1])
 
 
-def of_job(key: bytes, entry: Entry, now: float) -> dict[str, Any]:
+def of_job(entry: Entry, now: float) -> dict[str, Any]:
     """What is known of a durable task, its errors left out."""
-    about = entry.about
+    (_, key), about = entry.key, entry.about
     if about is None:
         assert entry.run is not None
         about = About.of(entry.run)

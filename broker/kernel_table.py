@@ -1,6 +1,7 @@
 """Which kernels there are: the specs that workers offer, and the submissions that wait for one to turn up."""
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
 
 from penstock.broker.sessions import WorkerSession
 from penstock.broker.spec import Spec
@@ -8,11 +9,17 @@ from penstock.broker.tasks import Run
 
 
 class KernelTable:
-    """Names to current specs. A kernel stays known when its last worker leaves: its tasks wait for the next one."""
+    """Names to current specs. A kernel stays known when its last worker leaves: its tasks wait for the next one.
+
+    Attributes:
+        parked: what waits for a kernel to turn up, by its name; lasting: what is durable and waits beyond any grace. After a
+            restart that may be a million submissions.
+    """
 
     def __init__(self) -> None:
         self.known: dict[str, Spec] = {}
-        self.parked: dict[str, list[Run]] = {}
+        self.parked: dict[str, deque[Run]] = {}
+        self.lasting: dict[str, deque[Run]] = {}
         self._offers: Counter[tuple[str, bytes]] = Counter()
         self._interned: dict[tuple[str, bytes], Spec] = {}
 
@@ -55,8 +62,25 @@ class KernelTable:
         return set(self._offers) | {(s.name, s.digest) for s in self.known.values()}
 
     def park(self, run: Run) -> None:
-        self.parked.setdefault(run.kernel, []).append(run)
+        (self.lasting if run.is_durable else self.parked).setdefault(run.kernel, deque()).append(run)
 
-    def unpark(self, name: str) -> list[Run]:
-        """The open submissions that waited for this kernel."""
-        return [run for run in self.parked.pop(name, []) if run.num_open]
+    def awaited(self) -> Iterable[str]:
+        """The known kernels that submissions still wait for."""
+        return [name for table in (self.parked, self.lasting) for name in table if name in self.known]
+
+    def unpark(self, name: str, most: int) -> list[Run]:
+        """The next open submissions that waited for this kernel, those that are not durable first."""
+        taken: list[Run] = []
+        for table in (self.parked, self.lasting):
+            waiting = table.get(name, ())
+            while waiting and len(taken) < most:
+                run = waiting.popleft()
+                if run.num_open:
+                    taken.append(run)
+            if not waiting:
+                table.pop(name, None)
+        return taken
+
+    def give_up(self, name: str) -> list[Run]:
+        """The open submissions that wait for this kernel no longer: those that are not durable."""
+        return [run for run in self.parked.pop(name, ()) if run.num_open]

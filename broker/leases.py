@@ -39,14 +39,15 @@ class Leases:
         self.state = state
         self.dispatch: Dispatch
         """Is told what becomes of leases; set by whoever made both."""
-        self._clients = clients
+        self._absent, self._outcomes = clients.absent, clients.outcomes
         self._checkpoints = Checkpoints(state)
 
     def assign(self, lease: Lease) -> None:
         """Send a lease to its worker."""
-        for piece in lease.pieces:
-            self.state.journal.started(piece)
         queue, first, worker = lease.queue, lease.pieces[0].run, lease.worker
+        if not queue.spec.is_idempotent:
+            for piece in lease.pieces:
+                self.state.journal.started(piece)
         blocks = _blocks(lease.pieces)
         if any_shared(blocks):
             blocks = self.state.sharing.readable_batch(blocks, worker)
@@ -61,8 +62,8 @@ class Leases:
             checkpoint=None if saved is None else saved.block, part=0 if saved is None else saved.part,
         )  # fmt: skip
         # What must not run twice leaves only when it is on disk that it may have run.
-        is_promise = not queue.spec.is_idempotent and any(piece.run.number for piece in lease.pieces)
-        self.state.send(BACK, worker.route, assign, is_promise)
+        may_not_start_twice = not queue.spec.is_idempotent and any(piece.run.number for piece in lease.pieces)
+        self.state.send(BACK, worker.route, assign, is_promise=may_not_start_twice)
 
     def cancel(self, lease: Lease) -> None:
         """Tell the worker that nobody waits for this lease."""
@@ -158,7 +159,7 @@ class Leases:
             lease.worker.num_failed += num_rows
             lease.num_failed += num_rows if answer.error.code == Code.FAILED else 0
         outcome = Outcome((), answer.block, answer.error, (), timings, attempt=lease.attempt)
-        self._clients.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
+        self._outcomes.settle(ends, DONE if answer.error is None else FAILED, outcome, now)
 
     def partial(self, worker: WorkerSession, m: WorkerPartial, now: float) -> None:
         """A piece of a streaming answer."""
@@ -176,7 +177,7 @@ class Leases:
             self.state.counters["late_answers"] += 1
             return
         span = (piece.run.id, piece.start, piece.start + 1)
-        self._clients.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
+        self._outcomes.deliver_partial(piece, Outcome([span], m.block, part=m.part, attempt=lease.attempt))
 
     def checkpoint(self, worker: WorkerSession, m: Checkpoint, now: float) -> None:
         """What a streaming row can go on from, whatever becomes of its worker."""
@@ -223,13 +224,13 @@ class Leases:
                 self.state.ledger.requeue(part)
 
     def _end(self, pieces: list[Piece], state: str, error: Error, now: float) -> None:
-        self._clients.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
+        self._outcomes.end_pieces([(p, p.start, p.stop) for p in pieces], state, error, now)
 
     def rebind(self, now: float) -> None:
         """Move what waits for a version that nobody offers any more to the current one."""
         for queue in self.state.policy.stale(self.state.kernels.current()):
             runs = {entry[-1].run: None for lanes in queue.lanes.values() for lane in lanes.values() for entry in lane.pieces}
-            self._clients.bind_late(list(runs), now)
+            self._absent.bind_late(list(runs), now)
 
 
 def _is_readable(pieces: Sequence[Piece], worker: WorkerSession) -> bool:

@@ -38,7 +38,8 @@ class Ledger:
     def __init__(self, policy: PullPolicy, epoch: int) -> None:
         self.policy = policy
         self.num_rows = {QUEUED: 0, LEASED: 0}
-        self.num_open = self.open_bytes = self.saved_bytes = 0
+        self.num_open = self.open_bytes = self.saved_bytes = self.num_fleeting = 0
+        """Rows, their bytes, those of checkpoints among them, and the submissions that are not durable: they end with us."""
         self.leases: dict[int, Lease] = {}
         self.outcomes = Counter[str]()
         self._runs: defaultdict[str, Parts] = defaultdict(_parts)
@@ -63,6 +64,7 @@ class Ledger:
         run.session.runs.add(run)
         self.num_rows[QUEUED] += run.num_open
         self.num_open += run.num_open
+        self.num_fleeting += not run.is_durable
         self.open_bytes += run.num_bytes
         run.account.num_open += run.num_open
         run.account.open_bytes += run.num_bytes
@@ -106,7 +108,7 @@ class Ledger:
 
     def lease(self, batch: Batch, worker: WorkerSession, now: float) -> Lease:
         """Give the rows of a batch to a worker."""
-        pieces = list[Piece]()
+        pieces: list[Piece] = []
         num_bytes = 0
         for piece, num_rows in batch.picked:
             num_bytes += num_rows * (piece.run.num_bytes // piece.run.num_rows)
@@ -187,6 +189,7 @@ class Ledger:
         del self._runs[run.session.principal][run.id[0]][run.id]
         run.session.runs.remove(run)
         self.open_bytes -= run.num_bytes
+        self.num_fleeting -= not run.is_durable
         run.account.open_bytes -= run.num_bytes
         if run.deadline != float("inf"):
             self._deadlines.remove((run.deadline, run.seq, run))
@@ -217,6 +220,7 @@ class Ledger:
                     assert piece in piece.lease.pieces and self.leases[piece.lease.token] is piece.lease
         assert counts == Counter(self.num_rows) and sum(counts.values()) == self.num_open, "queued + leased = open"
         assert saved_bytes == self.saved_bytes and num_bytes + saved_bytes == self.open_bytes
+        assert self.num_fleeting == sum(not r.is_durable for r in self.runs())
         assert len(self._deadlines) == sum(r.deadline != float("inf") for r in self.runs())
         for lease in self.leases.values():
             assert lease.worker.leases[lease.token] is lease

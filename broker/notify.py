@@ -30,6 +30,10 @@ class Notifier:
         self._due_at: float | None = None
         self._status = ""
 
+    def starting(self, status: str, limit_s: float) -> None:
+        """It makes progress, and will say more within `limit_s`: it is not to be given up before."""
+        self._send([f"EXTEND_TIMEOUT_USEC={round(limit_s * 1e6)}"], status)
+
     def ready(self, status: str) -> None:
         """It serves; also after `reloading`. Signs of life are due from now on."""
         if self.interval_s is not None:

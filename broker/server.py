@@ -5,11 +5,10 @@ Knows ZeroMQ, signals and whom to ask when something else is ready. Decides noth
 
 import fcntl
 import functools
-import gc
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from penstock.broker.responder import Responder
 from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
 from penstock.broker.state import BACK, FRONT, Send
+from penstock.broker.storage.records import Put
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import Store
 from penstock.broker.wire import MAX_FRAMES, Message, ProtocolError, decode, encode
@@ -58,13 +58,15 @@ log = logging.getLogger("penstock.broker")
 
 # Plain integers: pyzmq's enum flags cost more than the calls they are given to. So does asking a socket for EVENTS, which
 # is why the poller, one call for everything, is asked instead.
-_SNDMORE, _NOBLOCK, _SRCFD = int(zmq.SNDMORE), int(zmq.NOBLOCK), int(zmq.SRCFD)
+_SNDMORE, _NOBLOCK = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 MAX_MESSAGES_PER_TURN = 128
 MAX_INTAKE_S = 0.005
 FAREWELL_S = 0.2
 SELF_TEST_S = 10.0
 CLOSE_S = 30.0
 """What is left to do when no task is open any more, mostly to write files, may take so long."""
+READ_PER_SIGN, SIGN_S = 50_000, 60.0
+"""While the journal is read: a sign of life every so many records, good for so long."""
 ROOM_S = 2.0
 """How often the space on the journal's disk is looked at."""
 COPIED_BYTES = 2048
@@ -156,12 +158,19 @@ class Server:
         self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
         self._promises = Promises(store, self._send, self._lose)
         self.core.state.journal.has_room = store.has_room()
-        num_open = self.core.restore(store.load(), began)
+        num_open = self.core.restore(self._while_starting(store.load()), began)
         if ARMED:
             hit("broker.restore.done")
         self._poller.register(store.fileno(), zmq.POLLIN)
         read_s = time.monotonic() - began
         log.info("journal in %s: %d durable tasks go on, read in %.1f s", self._folder / "journal", num_open, read_s)
+
+    def _while_starting(self, puts: Iterator[Put]) -> Iterator[Put]:
+        """A service manager waits for as long as records are read."""
+        for num_read, put in enumerate(puts):
+            if not num_read % READ_PER_SIGN:
+                self._notifier.starting(f"reading the journal: {num_read} records so far", SIGN_S)
+            yield put
 
     def keep(self, name: str, learner: Learner) -> None:
         """Have what it learns outlive this process, in a folder that is ours once the address is."""
@@ -195,7 +204,6 @@ class Server:
         published.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         server_key = "" if self._gate is None or self.address.is_ipc else self._gate.public_key
         write_connection(published, self.address, os.getpid(), server_key)
-        _tune_gc()
         for address in self._addresses:
             guard = "" if address.is_ipc else ", with keys" if self._gate is not None else ", open to every account here"
             log.info("broker %d listens at %s%s", os.getpid(), address.url, guard)
@@ -235,7 +243,8 @@ class Server:
             self._turn(self._wait_ms())
         self._stop_at = time.monotonic() + self.config.drain_s
         self._notifier.stopping(f"stopping: {self._status()}", self.config.drain_s + CLOSE_S)
-        log.info("stopping: %d open tasks may finish within %.0f s", self.core.state.ledger.num_open, self.config.drain_s)
+        text = "stopping: %d open tasks may finish within %.0f s; durable ones that wait are left to the next broker"
+        log.info(text, self.core.state.ledger.num_open, self.config.drain_s)
         self._handle(Stop())
         if ARMED:
             hit("broker.stop.begun")
@@ -332,8 +341,7 @@ class Server:
         except zmq.Again:  # the poller saw the first frame of a message whose sender was cut off
             return
         first: Any = s.recv(_NOBLOCK, copy=False)
-        frame, frames = first, list[Any]()
-        frames.append(first.bytes)
+        frame, frames = first, [first.bytes]
         while frame.more:
             frame = s.recv(_NOBLOCK, copy=False)
             if len(frames) <= MAX_FRAMES:
@@ -344,8 +352,9 @@ class Server:
             if not principal:
                 self._turn_away(door, route, first)
                 return
-        if door.connections is not None:
-            door.connections.heard(first.get(_SRCFD))
+        if not door.hear(first):
+            self.core.state.counters["unidentified"] += 1
+            return
         try:
             message = decode(self._types[door.side], frames)
         except ProtocolError as e:
@@ -355,6 +364,9 @@ class Server:
             hit_message("broker.received", message)
         if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
             principal, pid = door.identify(first)
+            if not principal:
+                self.core.state.counters["unidentified"] += 1
+                return
         if isinstance(message, WorkerHello | Share):
             self._processes.watch(pid)
         self._handle(Received(door.side, route, principal, message, pid))
@@ -362,8 +374,7 @@ class Server:
     def _turn_away(self, door: Door, route: bytes, frame: Any) -> None:
         """A key that was revoked: say so, and end its connection."""
         self.core.state.counters["refused_revoked"] += 1
-        if door.connections is not None:
-            door.connections.heard(frame.get(_SRCFD), must_go=True)
+        door.hear(frame, must_go=True)
         self._perform([Send(door.side, route, _REVOKED)])
 
     def _handle(self, event: Any) -> None:
@@ -441,10 +452,3 @@ def _lock(path: Path, address: Address) -> Any:
         f.close()
         raise AlreadyRunning(f"a broker is already running at {address.url}") from e
     return f
-
-
-def _tune_gc() -> None:
-    """Full collections over a million tasks would stop the loop for seconds; the core leaves no cycles behind."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()

@@ -12,6 +12,7 @@ from penstock.broker.spec import Spec
 from penstock.broker.tasks import Lease, Run
 
 if TYPE_CHECKING:
+    from penstock.broker.journal import Entry
     from penstock.broker.sharing import Sharer
 
 Route = bytes
@@ -60,7 +61,8 @@ class ClientSession:
 
     __slots__ = (
         "account", "answered", "filling", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes",
-        "outbox", "principal", "returned_bytes", "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes",
+        "outbox", "owed",
+        "principal", "returned_bytes", "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes",
         "used_rows",
     )  # fmt: skip
 
@@ -78,6 +80,8 @@ class ClientSession:
         self.last_seq = self.sent_seq = 0
         self.outbox: deque[Results | Partial] = deque()
         self.finished: dict[bytes, int] = {}
+        """By submission the message after which nothing more of it comes; `owed` has what is kept until that has arrived."""
+        self.owed: dict[bytes, Entry] = {}
         self.filling: Filling | None = None  # the partials of the last message of the outbox, if it has not left
         self.answered: deque[Reply] = deque(maxlen=MAX_ANSWERED)
         self.num_unacked_bytes = 0
@@ -110,9 +114,10 @@ class ClientSession:
         self.outbox.append(partial)
         return partial
 
-    def acknowledge(self, seq: int) -> list[bytes]:
-        """Forget what has arrived; the submissions of which everything has come back."""
-        outbox, finished = self.outbox, list[bytes]()
+    def acknowledge(self, seq: int) -> "list[Entry]":
+        """Forget what has arrived; the durable tasks of which everything has."""
+        outbox = self.outbox
+        arrived: list[Entry] = []
         while outbox and outbox[0].seq <= seq:
             message = outbox.popleft()
             self.num_unacked_bytes -= _bytes_of(message.outcomes)
@@ -120,8 +125,9 @@ class ClientSession:
                 for run_id, _, _ in outcome.spans:
                     if self.finished.get(run_id, seq + 1) <= seq:
                         del self.finished[run_id]
-                        finished.append(run_id)
-        return finished
+                        if run_id in self.owed:
+                            arrived.append(self.owed.pop(run_id))
+        return arrived
 
 
 def _bytes_of(outcomes: Sequence[Outcome]) -> int:

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from penstock.broker.columns import Block, gather
 from penstock.broker.fitting import MAX_PORTION_BYTES, SPAN_BYTES, row_bytes
+from penstock.broker.journal import Entry
 from penstock.broker.protocol import Outcome
 from penstock.broker.sessions import ClientSession
 from penstock.broker.state import BrokerState
-from penstock.broker.tasks import CANCELLED, EXPIRED, QUEUED, Piece, Run
+from penstock.broker.tasks import CANCELLED, EXPIRED, Piece, Run
 from penstock.broker.wire import MAX_ROWS
 
 Span = tuple[bytes, int, int, int, float]
@@ -25,7 +26,8 @@ class Settlement:
     def __init__(self, state: BrokerState, outcome: str, answer: Outcome, now: float) -> None:
         self.num_rows = 0
         self.spans: dict[ClientSession, list[Span]] = {}
-        self.finished: dict[ClientSession, list[bytes]] = {}
+        self.finished: dict[ClientSession, dict[bytes, Entry | None]] = {}
+        """Submissions of which that was the last, and whose outcomes the session has then, if they are kept for it."""
         self.durable: set[ClientSession] = set()
         """Sessions that are told of a durable task's outcome."""
         self._state = state
@@ -34,8 +36,10 @@ class Settlement:
         self._now = now
 
     def end(self, piece: Piece, start: int, stop: int, at: int) -> None:
+        """Close rows, and with them those of the runs that follow theirs."""
         run, num_rows = piece.run, stop - start
-        session, followers = run.session, run.followers
+        session, followers, entry = run.session, run.followers, run.entry
+        has_all = entry is not None and (entry.run is run or not run.has_own_end)
         assigned_at = self._now if piece.lease is None else piece.lease.assigned_at
         span = (run.id, start, stop, at, 1000.0 * (assigned_at - run.arrived))
         self._count(run, num_rows, assigned_at, is_leased=piece.lease is not None)
@@ -49,18 +53,13 @@ class Settlement:
         else:
             spans.append(span)
         session.returned_rows += num_rows
-        if run.key is not None:
-            self._remember(run, span)
-        if run.number:
-            self.durable.add(session)
+        if entry is not None:
+            self._note(run, entry, span)
         if run.num_open == 0:
             session.returned_bytes += run.num_bytes
-            self.finished.setdefault(session, []).append(run.id)
-            self._state.journal.close(run, self._now)
-        for follower in followers or ():
-            if run.number:  # what they share is not safe either
-                self.durable.add(follower.session)
-            self._pass_on(run, follower, start, stop, at)
+            self.finished.setdefault(session, {})[run.id] = entry if has_all and entry is not None and entry.number else None
+        if followers:
+            self._pass_on(list(followers), start, stop, at, is_final=bool(run.number))
 
     def _count(self, run: Run, num_rows: int, assigned_at: float, is_leased: bool) -> None:
         metrics, arrived = self._state.metrics, run.arrived
@@ -72,28 +71,39 @@ class Settlement:
         elif self._outcome == EXPIRED:
             metrics.deadline_missed("running" if is_leased else "queued", num_rows)
 
-    def _remember(self, run: Run, span: Span) -> None:
+    def _note(self, run: Run, entry: Entry, span: Span) -> None:
+        """Remember the outcome of rows that were the first with their key."""
+        if entry.number:
+            self.durable.add(run.session)
+        if entry.run is not run:
+            if run.num_open == 0:
+                run.unfollow()
+            return
+        journal = self._state.journal
         if self._outcome in (CANCELLED, EXPIRED) and not run.number:
-            self._state.journal.forget(run)
-        else:
-            outcome = self.outcome([span])
-            if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
-                outcome = replace(outcome, block=outcome.block.copied())
-            self._state.journal.record(run, [outcome])
+            journal.forget(run)
+            return
+        outcome = self.outcome([span])
+        if outcome.block is not None and outcome.block.has_shared:  # a worker lends it for a moment, not for the window
+            outcome = replace(outcome, block=outcome.block.copied())
+        journal.record(run, [outcome], self._now)
+        if run.num_open == 0:
+            journal.close(run, self._now)
 
-    def _pass_on(self, run: Run, follower: Run, start: int, stop: int, at: int) -> None:
-        """A run with the same idempotency key waits for these rows: it shares an answer, and does without one alone; a durable
-        task's every end, since the journal knows of one task only."""
-        for piece in follower.overlapping(start, stop):
-            if piece.state != QUEUED or piece.entry is not None:
-                continue
-            if self._outcome in (CANCELLED, EXPIRED) and not run.number:
+    def _pass_on(self, followers: Sequence[Run], start: int, stop: int, at: int, is_final: bool) -> None:
+        """Runs with the same idempotency key wait for these rows: they share an answer. `is_final`: and an end without one.
+
+        A durable task is one task, whoever submitted it. What is not goes on alone where the first was cancelled or expired.
+        """
+        if self._outcome in (CANCELLED, EXPIRED) and not is_final:
+            for follower in followers:
+                follower.unfollow()
                 self._state.kernels.park(follower)  # until the turn, if the kernel is there
-                return
-            first = max(start, piece.start)
-            if run.number:
-                self._state.journal.also_known_as(follower.session.principal, follower.id, run.number)
-            self.end(piece, first, min(stop, piece.stop), at + first - start)
+            return
+        for follower in followers:
+            for piece in follower.overlapping(start, stop):
+                first = max(start, piece.start)
+                self.end(piece, first, min(stop, piece.stop), at + first - start)
 
     def portions(self, spans: list[Span]) -> Iterator[list[Span]]:
         """The spans in portions whose outcome fits a header, and a block; mostly just one."""

@@ -86,7 +86,7 @@ class BrokerState:
     def _send_to(self, session: ClientSession | WorkerSession, message: Message) -> None:
         self.send(FRONT if isinstance(session, ClientSession) else BACK, session.route, message)
 
-    def send(self, side: str, route: Route | None, message: Message, is_promise: bool = False) -> None:
+    def send(self, side: str, route: Route | None, message: Message, *, is_promise: bool = False) -> None:
         """Ask the shell to send; a peer that is away gets nothing."""
         if route is not None:
             self.actions.append(Send(side, route, message, is_promise))

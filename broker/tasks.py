@@ -12,6 +12,7 @@ from penstock.broker.columns import Block
 from penstock.broker.spec import Cost
 
 if TYPE_CHECKING:
+    from penstock.broker.journal import Entry
     from penstock.broker.scheduling.accounts import Account
     from penstock.broker.scheduling.batch import Batch
     from penstock.broker.scheduling.lanes import BatchQueue, Lane
@@ -88,15 +89,16 @@ class Run:
     """A submission: what is common to its rows, and the pieces without an outcome."""
 
     __slots__ = (
-        "account", "after", "alone_ms", "arrived", "before", "block", "cost_ms", "deadline", "expected_s",
-        "followers", "id", "is_durable", "is_known", "kernel", "key", "num_bytes", "num_open", "num_rows", "number",
-        "overdue_at", "pieces",
-        "priority", "queue", "request", "scalars", "seq", "session", "spread", "started",
+        "account", "after", "alone_ms", "arrived", "before", "block", "client", "cost_ms", "deadline", "entry", "expected_s",
+        "followers", "has_own_end", "id", "is_durable", "is_known", "kernel", "key", "num_bytes", "num_open", "num_rows",
+        "number", "overdue_at", "pieces", "priority", "queue", "request", "scalars", "seq", "session", "spread", "started",
         "traceparent", "wants_partials",
     )  # fmt: skip
 
     def __init__(self, session: "ClientSession", run_id: bytes, kernel: str, num_rows: int, seq: int, arrived: float) -> None:
         self.session = session
+        self.client = session.name
+        """Who submitted it, whoever has it now."""
         self.before: Run | None = None
         self.after: Run | None = None
         self.id = run_id
@@ -109,6 +111,10 @@ class Run:
         self.wants_partials = False
         self.traceparent: str | None = None
         self.key: bytes | None = None
+        self.entry: Entry | None = None
+        """What is remembered of it; of the run that it follows, if that is another."""
+        self.has_own_end = False
+        """Whether a row of it ended otherwise than with that of the run that it follows."""
         self.is_durable = False
         self.number = 0
         """Of its records, if it is durable."""
@@ -129,7 +135,7 @@ class Run:
         self.num_bytes = 0
         self.queue: BatchQueue | None = None
         self.request: Any = None
-        self.followers: list[Run] | None = None
+        self.followers: dict[Run, None] | None = None
         self.pieces: list[Piece] = [Piece(self, 0, num_rows)]
 
     def alone(self, start: int, stop: int) -> tuple[float, float]:
@@ -166,6 +172,21 @@ class Run:
             for piece in self.cut_out(start, stop):
                 piece.deaths, piece.is_isolated = count, True
         self.num_open = sum(piece.num_rows for piece in self.pieces)
+
+    def follow(self, entry: "Entry") -> None:
+        """Share the outcomes of an open run."""
+        leader, self.entry = entry.run, entry
+        assert leader is not None
+        if leader.followers is None:
+            leader.followers = {}
+        leader.followers[self] = None
+
+    def unfollow(self) -> None:
+        """Go on alone, or no more."""
+        leader = self.entry.run if self.entry is not None else None
+        if leader is not None and leader is not self and leader.followers is not None:
+            del leader.followers[self]
+        self.entry = None
 
     def release(self) -> None:
         """Drop what only an open run needs: payloads, and the references that would form cycles."""

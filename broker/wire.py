@@ -177,8 +177,8 @@ def decode(
     cls = types.get(type_name) if type(type_name) is str else None
     if cls is None:
         raise ProtocolError(f"unknown message type {type_name!r:.40}")
-    reader, values, kinds = Reader(frames[2:]), dict[str, Any](), cls.KINDS
-    name = ""
+    reader, kinds, name = Reader(frames[2:]), cls.KINDS, ""
+    values: dict[str, Any] = {}  # never `dict[str, Any]()` where it is hot: that builds the alias each time
     try:
         for name, value in header.items():
             parse = kinds.get(name)
@@ -186,11 +186,12 @@ def decode(
                 values[name] = parse(value, reader)
     except ProtocolError as e:
         raise ProtocolError(f"{cls.TYPE}.{name}: {e}") from None
-    if not values.keys() >= cls.REQUIRED:
-        raise ProtocolError(f"{cls.TYPE} needs {', '.join(sorted(cls.REQUIRED - values.keys()))}")
     if reader.frames:
         raise ProtocolError(f"{len(reader.frames)} frames too many")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError:
+        raise ProtocolError(f"{cls.TYPE} needs {', '.join(sorted(cls.REQUIRED - values.keys()))}") from None
 
 
 def _check_version(version: bytes) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from penstock.broker import checkpoints
-from penstock.broker.clients import Clients
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.leases import Leases
 from penstock.broker.protocol import (
@@ -40,14 +39,13 @@ MAX_FORMER_ROUTES = 1024
 class Workers:
     """All worker sessions."""
 
-    def __init__(self, state: BrokerState, clients: Clients, leases: Leases, dispatch: Dispatch) -> None:
+    def __init__(self, state: BrokerState, leases: Leases, dispatch: Dispatch) -> None:
         self.state = state
         self.by_route: dict[Route, WorkerSession] = {}
         self._former: dict[Route, WorkerSession] = {}
         """Addresses that sessions have left, until they say from the next one what they hold."""
         self.by_secret = state.workers
         self.changed_at = state.started_at
-        self._clients = clients
         self._leases = leases
         self._dispatch = dispatch
 
@@ -85,9 +83,10 @@ class Workers:
             case Ready():
                 self._ready(worker, m, now)
             case Resident():
-                worker.resident[m.kernel] = m.state
-                if m.state == "ready":
-                    self.state.metrics.loaded(m.kernel, m.load_ms)
+                if any(name == m.kernel for name, _ in worker.specs):  # no table grows with names that a worker makes up
+                    worker.resident[m.kernel] = m.state
+                    if m.state == "ready":
+                        self.state.metrics.loaded(m.kernel, m.load_ms)
                 worker.progress_at = now
             case Drain():
                 self.drain(worker)
@@ -151,8 +150,6 @@ class Workers:
         worker.is_ready = True
         self._dispatch.arrived(worker, now)
         self.state.kernels.offer(worker, specs)
-        for spec in specs:
-            self._clients.bind_late(self.state.kernels.unpark(spec.name), now)
         self._leases.rebind(now)
 
     def _heartbeat(self, route: Route, principal: str, m: WorkerHeartbeat, now: float) -> None:

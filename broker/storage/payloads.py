@@ -54,15 +54,14 @@ class Payloads:
         self._is_dirty = True
         return place
 
-    def resolve(self, frames: Sequence[Buffer]) -> list[Buffer]:
+    def resolve(self, frames: Sequence[bytes]) -> list[Buffer]:
         """The frames that a record's frames stand for. Raises Corrupt."""
-        found = list[Buffer]()
+        found: list[Buffer] = []
         for frame in frames:
-            data = view(frame)
-            if bytes(data[:1]) == INLINE:
-                found.append(data[1:])
+            if frame[:1] == INLINE:
+                found.append(frame[1:])
                 continue
-            _, number, at, length, crc = self._place(data)
+            _, number, at, length, crc = self._place(frame)
             payload = self._read(number, at, length)
             if len(payload) != length or crc32(payload) != crc:
                 raise Corrupt(f"a payload in {self._path(number)} is not as it was written")
@@ -70,12 +69,11 @@ class Payloads:
             found.append(payload)
         return found
 
-    def release(self, frames: Sequence[Buffer]) -> None:
+    def release(self, frames: Sequence[bytes]) -> None:
         """These are needed no more; a full file without any that is needed goes."""
         for frame in frames:
-            data = view(frame)
-            if bytes(data[:1]) == PLACED:
-                _, number, *_ = self._place(data)
+            if frame[:1] == PLACED:
+                _, number, *_ = self._place(frame)
                 self._num_live[number] -= 1
                 if not self._num_live[number]:
                     del self._num_live[number]
@@ -134,8 +132,8 @@ class Payloads:
             raise Corrupt(f"a payload file is missing: {e}") from e
 
     @staticmethod
-    def _place(data: memoryview) -> tuple[bytes, int, int, int, int]:
-        if data.nbytes != _PLACE.size:
+    def _place(data: bytes) -> tuple[bytes, int, int, int, int]:
+        if len(data) != _PLACE.size:
             raise Corrupt("a payload's place is not as it was written")
         found: tuple[bytes, int, int, int, int] = _PLACE.unpack(data)
         return found

@@ -11,9 +11,13 @@ from penstock.broker.columns import Buffer, view
 from penstock.broker.wire import record
 
 _HEAD = struct.Struct("<QBH")
-_LENGTH = struct.Struct("<Q")
-_CRC = struct.Struct("<I")
+_LENGTH_BYTES = 8
+_CRC_BYTES = 4
+_CRC_OF_ALL = 0x2144DF1C
+"""The CRC32 of anything that its own CRC32 follows."""
 MAX_FRAMES = 0xFFFF
+KIND_AT = 9
+"""Where the kind is in a packed record, counted from 1 as SQL does."""
 
 
 class StorageError(RuntimeError):
@@ -35,9 +39,10 @@ class Put:
 
 @record
 class Erase:
-    """Forget a task and all of its records."""
+    """Forget the records of a task: those of some kinds, or all."""
 
     task: int
+    kinds: Sequence[int] = ()
 
 
 @record
@@ -53,31 +58,39 @@ Write = Put | Erase | Copy
 def pack(task: int, kind: int, frames: Sequence[Buffer]) -> bytes:
     """The record as bytes: head, lengths, frames, CRC32 of all that."""
     views = [view(frame) for frame in frames]
-    parts = [_HEAD.pack(task, kind, len(views)), *(_LENGTH.pack(v.nbytes) for v in views), *views]
-    data = b"".join(parts)
-    return data + _CRC.pack(crc32(data))
+    lengths = struct.pack(f"<{len(views)}Q", *(v.nbytes for v in views))
+    data = b"".join((_HEAD.pack(task, kind, len(views)), lengths, *views))
+    return data + crc32(data).to_bytes(_CRC_BYTES, "little")
 
 
 def unpack(data: bytes) -> Put:
-    """The inverse of `pack`; the frames are views of `data`.
+    """The inverse of `pack`. Raises Corrupt: a byte is not as it was written."""
+    return Put(*parts(data))
+
+
+def parts(data: bytes) -> tuple[int, int, list[bytes]]:
+    """Task, kind and frames of a packed record.
 
     Raises:
         Corrupt: a byte is not as it was written.
     """
-    if len(data) < _HEAD.size + _CRC.size or crc32(data[: -_CRC.size]) != checksum(data):
+    if len(data) < _HEAD.size + _CRC_BYTES or crc32(data) != _CRC_OF_ALL:
         raise Corrupt("a record's checksum is wrong")
     task, kind, num_frames = _HEAD.unpack_from(data)
-    body = memoryview(data)
-    at = _HEAD.size + num_frames * _LENGTH.size
-    frames = list[Buffer]()
-    for index in range(num_frames):
-        (length,) = _LENGTH.unpack_from(data, _HEAD.size + index * _LENGTH.size)
-        frames.append(body[at : at + length])
+    at = _HEAD.size + num_frames * _LENGTH_BYTES
+    frames: list[bytes] = []
+    for length in struct.unpack_from(f"<{num_frames}Q", data, _HEAD.size):
+        frames.append(data[at : at + length])
         at += length
-    return Put(task, kind, frames)
+    return task, kind, frames
+
+
+def is_erased(erase: Erase, data: bytes) -> bool:
+    """Whether a packed record is to be forgotten."""
+    task, kind, _ = _HEAD.unpack_from(data)
+    return bool(task == erase.task and (not erase.kinds or kind in erase.kinds))
 
 
 def checksum(data: bytes) -> int:
     """The CRC32 that a packed record ends with."""
-    (found,) = _CRC.unpack_from(data, len(data) - _CRC.size)
-    return int(found)
+    return int.from_bytes(data[-_CRC_BYTES:], "little")

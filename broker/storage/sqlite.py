@@ -21,7 +21,18 @@ from penstock.broker.columns import Buffer, frame_bytes
 from penstock.broker.failpoints import ARMED, hit, hit_records
 from penstock.broker.storage.backup import back_up, let_go
 from penstock.broker.storage.payloads import Payloads
-from penstock.broker.storage.records import Copy, Corrupt, Erase, Put, StorageError, Write, checksum, pack, unpack
+from penstock.broker.storage.records import (
+    KIND_AT,
+    Copy,
+    Corrupt,
+    Erase,
+    Put,
+    StorageError,
+    Write,
+    checksum,
+    pack,
+    parts,
+)
 
 log = logging.getLogger("penstock.broker")
 FORMAT = 1
@@ -35,6 +46,7 @@ CREATE INDEX by_task ON records (task);
 CREATE TABLE total (id INTEGER PRIMARY KEY CHECK (id = 0), num_records INTEGER NOT NULL, crc_sum INTEGER NOT NULL);
 INSERT INTO total VALUES (0, 0, 0);
 """
+_ERASE = f"DELETE FROM records WHERE task = ?1 AND (?2 = x'' OR instr(?2, substr(body, {KIND_AT}, 1))) RETURNING body"
 _PRAGMAS = ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "wal_autocheckpoint=4000")
 
 
@@ -89,13 +101,15 @@ class SqliteStore:
         num_records = crc_sum = 0
         try:
             for task, body in self._db.execute("SELECT task, body FROM records ORDER BY seq"):
-                put = unpack(body)
-                if put.task != task:
+                if type(body) is not bytes:  # a damaged page may say that it is anything
+                    raise Corrupt("a record is none")
+                found, kind, frames = parts(body)
+                if found != task:
                     raise Corrupt("a record stands under another task")
                 num_records, crc_sum = num_records + 1, crc_sum + checksum(body)
                 if ARMED:
                     hit("broker.restore.record")
-                yield Put(put.task, put.kind, self._payloads.resolve(put.frames))
+                yield Put(task, kind, self._payloads.resolve(frames))
         except (sqlite3.DatabaseError, Corrupt) as e:
             raise self._corrupt(e) from e
         if (num_records, crc_sum) != (self._num_records, self._crc_sum):
@@ -178,7 +192,7 @@ class SqliteStore:
             if rows:  # a record of the same group may be what is erased
                 db.executemany("INSERT INTO records (task, body) VALUES (?, ?)", rows)
                 rows = []
-            for (body,) in db.execute("DELETE FROM records WHERE task = ? RETURNING body", (write.task,)).fetchall():
+            for (body,) in db.execute(_ERASE, (write.task, bytes(write.kinds))).fetchall():
                 num_records, crc_sum = num_records - 1, crc_sum - checksum(body)
                 erased.append(body)
         if rows:
@@ -192,7 +206,7 @@ class SqliteStore:
         if ARMED:
             hit_records("broker.committed", map(_kind, writes))
         for body in erased:
-            self._payloads.release(unpack(body).frames)
+            self._payloads.release(parts(body)[2])
 
     def _kept(self, frame: Buffer) -> Buffer:
         return self._payloads.write(frame) if frame_bytes(frame) > LARGE_BYTES else self._payloads.inline(frame)

@@ -7,7 +7,7 @@ then a prefix of it is kept: never a later write without an earlier one.
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from penstock.broker.storage.records import Erase, Put, StorageError, Write, pack, unpack
+from penstock.broker.storage.records import Erase, Put, StorageError, Write, is_erased, pack, unpack
 
 
 class Store(Protocol):
@@ -92,7 +92,7 @@ class MemoryStore:
 
     def _apply(self, write: Write) -> None:
         if isinstance(write, Erase):
-            self._safe = [data for data in self._safe if unpack(data).task != write.task]
+            self._safe = [data for data in self._safe if not is_erased(write, data)]
         elif isinstance(write, Put):
             self._safe.append(pack(write.task, write.kind, write.frames))
         else:

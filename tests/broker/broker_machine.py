@@ -209,7 +209,8 @@ class BrokerMachine(RuleBasedStateMachine):
             worker.pull(which % 3, 40 * (which % 3))
         elif worker.leases[token].mode == "stream":
             worker.send(p.WorkerPartial(lease=token, part=which % 5, block=echo_block(rows_of(worker.leases[token]))))
-            self.save(worker, token)
+            for _ in range(1 + which % 2):
+                self.save(worker, token)
 
     def save(self, worker: FakeWorker, token: int) -> None:
         """A checkpoint, which counts if the broker still has this lease with this worker, and the row no outcome."""
@@ -222,11 +223,13 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def forge(self, which: int) -> None:
         """An answer to somebody else's lease, and one beside the rows of a lease."""
-        tokens = [token for w in self.holders() for token in w.leases]
+        leases = {token: assign.mode for w in self.holders() for token, assign in w.leases.items()}
         for worker in self.holders():
-            token = tokens[which % len(tokens)]
+            others = [token for token, mode in leases.items() if mode == "stream" and token not in worker.leases]
+            if others:
+                worker.send(p.Checkpoint(lease=others[which % len(others)], block=echo_block([b"forged"])))
+            token = list(leases)[which % len(leases)]
             if token not in worker.leases:
-                worker.send(p.Checkpoint(lease=token, block=echo_block([b"forged"])))
                 worker.send(p.WorkerFinal(lease=token, answers=[p.Answer(0, 1, echo_block([b"forged"]))]))
 
     @rule(which=INDEX, how=st.sampled_from(["add", "add", "crash", "vanish", "disconnect", "back", "back", "drain", "goodbye"]))
@@ -323,6 +326,14 @@ class BrokerMachine(RuleBasedStateMachine):
             assert assign.checkpoint is not None, "it begins anew"
             assert bytes(assign.checkpoint.row(0, 0)) == rows[0][:20] + wanted
             assert assign.part == int(wanted)
+
+    @invariant()
+    def checkpoints_are_those_of_their_holders(self) -> None:
+        for lease in self.world.state.ledger.leases.values():
+            piece = lease.pieces[0]
+            if lease.mode == "stream" and piece.state == "leased":
+                wanted = self.saved.get(bytes(piece.run.block.row(0, piece.start))[:20])
+                assert (piece.saved and piece.saved.part) == (wanted and int(wanted))
 
     @invariant()
     def rows_end_once_with_their_own_bytes(self) -> None:

@@ -16,7 +16,7 @@ from penstock.broker import invariants
 from penstock.broker import protocol as p
 from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Copied, Core, Event, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.core import Copied, Core, Event, KeyList, PeerLost, ProcessEnded, Received, Turn
 from penstock.broker.durable import DurableJournal
 from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig
@@ -115,7 +115,7 @@ class World:
         self._scheduling, self._predictor, self._config = scheduling, predictor, BrokerConfig(**config)
         self._start(7, store)
 
-    def _start(self, epoch: int, store: MemoryStore | None) -> None:
+    def _start(self, epoch: int, store: MemoryStore | None, gate: KeyList | None = None) -> None:
         config, journal = self._config, None
         if store is not None:
             kept = (config.result_ttl_s, config.max_kept_bytes)
@@ -125,6 +125,7 @@ class World:
         self.core = Core(
             config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, operators=operators
         )
+        self.core.gate = gate
         self.store = store
         self.promises = Promises(store, self._send, self._lose)
         if store is not None:
@@ -138,11 +139,11 @@ class World:
         for folder, error in self.store.take_copies():
             self.step(Copied(folder, error))
 
-    def restart(self, num_kept: int = 0) -> None:
+    def restart(self, num_kept: int = 0, gate: KeyList | None = None) -> None:
         """Kill the broker and start another on what its disk has; `num_kept` groups that were not yet safe are there, too."""
         assert self.store is not None
         self.peers.clear()
-        self._start(self.core.state.epoch + 1, self.store.crash(num_kept))
+        self._start(self.core.state.epoch + 1, self.store.crash(num_kept), gate)
         self.turn()
 
     @property

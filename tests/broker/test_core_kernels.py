@@ -168,9 +168,9 @@ def test_two_versions_side_by_side_and_one_leaves() -> None:
 def test_resident_states_are_reported() -> None:
     w = World()
     client, worker = w.client(), w.worker()
-    worker.send(p.Resident(kernel="embed", state="loading"))
+    worker.send(p.Resident(kernel="echo", state="loading"))
     client.send(p.Status(request=1))
-    assert client.take(p.Reply)[0].body["workers"][0]["resident"] == {"embed": "loading"}
+    assert client.take(p.Reply)[0].body["workers"][0]["resident"] == {"echo": "loading"}
 
 
 def test_status_without_workers_says_so() -> None:

@@ -7,9 +7,9 @@ import pytest
 from broker_machine import check_machine
 
 from penstock.broker.admission import Admission
-from penstock.broker.clients import Clients
 from penstock.broker.leases import Leases
 from penstock.broker.ledger import Ledger
+from penstock.broker.outcomes import Outcomes
 from penstock.broker.protocol import Checkpoint, Outcome
 from penstock.broker.scheduling.lanes import BatchQueue, Lane
 from penstock.broker.scheduling.pull import PullPolicy
@@ -35,9 +35,9 @@ def test_the_core_keeps_its_promises() -> None:
 def client_credit_is_forgotten(patch: Patch) -> None:
     real = Settlement.end
 
-    def end(self: Settlement, piece: Piece, start: int, stop: int, at: int) -> None:
+    def end(self: Settlement, piece: Piece, *args: Any, **shared: Any) -> None:
         session = piece.run.session
-        real(self, piece, start, stop, at)
+        real(self, piece, *args, **shared)
         session.returned_rows -= 1
 
     patch.setattr(Settlement, "end", end)
@@ -47,9 +47,9 @@ def client_credit_is_forgotten(patch: Patch) -> None:
 def client_bytes_come_back_twice(patch: Patch) -> None:
     real = Settlement.end
 
-    def end(self: Settlement, piece: Piece, start: int, stop: int, at: int) -> None:
+    def end(self: Settlement, piece: Piece, *args: Any, **shared: Any) -> None:
         run = piece.run
-        real(self, piece, start, stop, at)
+        real(self, piece, *args, **shared)
         run.session.returned_bytes += 20 * (run.num_open == 0)
 
     patch.setattr(Settlement, "end", end)
@@ -84,7 +84,7 @@ def _twin(piece: Piece) -> Piece:
 
 @fault
 def deadlines_are_skipped(patch: Patch) -> None:
-    patch.setattr(Clients, "expire", lambda self, now: None)
+    patch.setattr(Outcomes, "expire", lambda self, now: None)
 
 
 @fault
@@ -184,13 +184,14 @@ def a_split_turns_the_lease_around(patch: Patch) -> None:
 
 @fault
 def the_wrong_session_is_told(patch: Patch) -> None:
-    real = Clients._deliver
+    real = Outcomes.deliver
 
-    def deliver(self: Clients, session: ClientSession, outcomes: Any, finished: Any, is_promise: bool = False) -> None:
-        others = [s for s in self.by_route.values() if s is not session]
+    def deliver(self: Outcomes, session: ClientSession, outcomes: Any, finished: Any, is_promise: bool = False) -> None:
+        sessions = {run.session: None for run in self._state.ledger.runs()}
+        others = [s for s in sessions if s is not session and not s.is_closed]
         real(self, others[0] if others and session.last_seq % 3 == 2 else session, outcomes, finished, is_promise)
 
-    patch.setattr(Clients, "_deliver", deliver)
+    patch.setattr(Outcomes, "deliver", deliver)
 
 
 @fault
@@ -302,16 +303,16 @@ def an_acknowledgement_takes_one_too_many(patch: Patch) -> None:
 
 @fault
 def a_late_follower_is_not_told(patch: Patch) -> None:
-    patch.setattr(Clients, "_catch_up", lambda self, follower, entry, now: None)
+    patch.setattr(Outcomes, "catch_up", lambda self, follower, outcomes, now: None)
 
 
 @fault
 def followers_are_forgotten_when_their_twin_is_cancelled(patch: Patch) -> None:
     real = Settlement._pass_on
 
-    def pass_on(self: Settlement, *args: Any) -> None:
+    def pass_on(self: Settlement, *args: Any, **final: Any) -> None:
         if self._outcome not in ("cancelled", "expired"):
-            real(self, *args)
+            real(self, *args, **final)
 
     patch.setattr(Settlement, "_pass_on", pass_on)
 

@@ -323,3 +323,11 @@ def test_who_has_too_many_messages_waiting_has_to_come_again(monkeypatch: pytest
     client.attach([run])
     w.commit()
     assert client.row(run).num_finals == 1
+def test_an_attach_names_no_more_than_a_session_may_have_open() -> None:
+    w = World(window_rows=10)
+    client = w.client()
+    client.send(p.Attach(name="client", secret=client.secret, epoch=client.epoch, open=bytes(16 * 65_537)))
+    assert client.take(p.Fault)[0].error.code == "protocol"
+    assert client.take(p.Welcome)[1:] == []
+    welcome = client.attach([bytes([i]) * 16 for i in range(256)])
+    assert len(welcome.unknown) == 16 * 256

@@ -402,3 +402,10 @@ def test_versions_that_nobody_offers_any_more_are_forgotten() -> None:
     run = client.submit()
     worker.finish_all()
     assert client.row(run).num_finals == 1
+def test_a_worker_cannot_fill_tables_with_kernels_that_it_does_not_offer() -> None:
+    w = World()
+    worker = w.worker(spec("echo"))
+    for i in range(100):
+        worker.send(p.Resident(kernel=f"made up {i}", state="ready"))
+    worker.send(p.Resident(kernel="echo", state="loading"))
+    assert w.core.workers.by_route[worker.route].resident == {"echo": "loading"}

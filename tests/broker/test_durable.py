@@ -4,7 +4,8 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded
+from penstock.broker.core import ProcessEnded, Stop
+from penstock.broker.durable import ENTRY_BYTES
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.store import MemoryStore
 
@@ -105,7 +106,7 @@ def test_without_room_durable_tasks_are_refused_and_others_taken(reason: str) ->
 
 def test_nobody_takes_all_the_room_for_results() -> None:
     """Whoever leaves its results unfetched is refused before the others are."""
-    w = durable_world(max_kept_bytes=400)
+    w = durable_world(max_kept_bytes=10 * (ENTRY_BYTES + 80))
     worker = w.worker()
     greedy, modest = w.client(principal="client:greedy"), w.client(principal="client:modest")
 
@@ -245,6 +246,7 @@ def test_what_is_not_idempotent_and_had_started_is_not_run_again() -> None:
     w.restart()
     worker = w.worker(kernel, batches=9)
     client = again(w, run)
+    w.commit()
     worker.finish_all()
     w.commit()
     assert client.results(run, 2) == ["worker_lost", tag(run, 1)]
@@ -326,9 +328,8 @@ def test_a_client_that_comes_back_hears_what_it_missed() -> None:
     assert client.credit[0] == 4096 + 2, "all credit came back"
 
 
-def test_clients_that_left_are_forgotten_with_their_last_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_left_are_forgotten_with_their_last_task() -> None:
     """A client may call itself something else each time."""
-    monkeypatch.setattr("penstock.broker.clients.MAX_IDLE_ABSENT", 20)
     w = durable_world()
     worker, stays = w.worker(), w.client("stays")
     kept = submit(stays)
@@ -337,8 +338,9 @@ def test_clients_that_left_are_forgotten_with_their_last_task(monkeypatch: pytes
         client = w.client(f"client {i}")
         run = submit(client)
         client.send(p.Goodbye())
-        w.core.clients.end_run(w.state.ledger.find("uid:1", run), "cancelled", p.Error("cancelled", ""), w.now)
-    assert len(w.core.clients._absent) <= 20
+        w.core.clients.outcomes.end_run(w.state.ledger.find("uid:1", run), "cancelled", p.Error("cancelled", ""), w.now)
+    w.advance(1.0)
+    assert len(w.core.clients.absent._sessions) == 1
     w.commit()
     worker.finish_all()
     w.commit()
@@ -382,13 +384,13 @@ def num_records(w: World) -> int:
 def test_an_outcome_is_kept_until_it_is_acknowledged_and_its_key_for_the_window() -> None:
     w = durable_world(dedup_window_s=100.0, result_ttl_s=1000.0, session_ttl_s=1e6, liveness_s=1e6)
     worker, client = w.worker(), w.client()
-    run = submit(client)
+    submit(client)
     worker.finish()
     w.commit()
     w.advance(500.0)
     assert num_records(w) > 0
     client.send(p.Ack(seq=client.received))
-    assert run not in w.state.journal._kept
+    assert not w.state.journal._kept
     w.advance(99.0)
     assert num_records(w) > 0
     w.advance(2.0)
@@ -486,3 +488,71 @@ def test_workers_are_not_disturbed_by_a_full_turn_of_restored_tasks() -> None:
         submit(client, 1, run_id=run, is_again=True)
     w.commit()
     assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
+def test_after_a_restart_tasks_are_queued_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.broker.core.MAX_BOUND_PER_TURN", 10)
+    w = durable_world()
+    client = w.client()
+    runs = [submit(client, 1) for _ in range(35)]
+    w.commit()
+    w.restart()
+    worker = w.worker(spec(max_batch_size=64), batches=1)
+    assert worker.sizes() == [10], "the first portion, and no other was waited for"
+    assert not w.state.kernels.awaited()
+    worker.finish()
+    assert worker.sizes() == [25]
+    worker.finish()
+    w.commit()
+    client = w.client()
+    for run in runs:
+        submit(client, 1, run_id=run, is_again=True)
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
+# --- a broker that stops -----------------------------------------------------------------------------------------------
+
+
+def test_a_stop_waits_for_what_runs_and_for_no_durable_task_that_waits() -> None:
+    w = durable_world()
+    worker, client = w.worker(spec(max_batch_size=1), batches=1), w.client()
+    runs = [submit(client, 1) for _ in range(3)]
+    w.commit()
+    w.step(Stop())
+    assert not w.core.is_idle, "one runs"
+    worker.finish()
+    assert w.core.is_idle
+    assert not worker.leases, "nothing is begun that the next broker can do as well"
+    w.commit()
+    w.restart()
+    worker = w.worker(batches=9)
+    worker.finish_all()
+    client = w.client()
+    for run in runs:
+        submit(client, 1, run_id=run, is_again=True)
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
+def test_a_stop_with_nothing_but_waiting_durable_tasks_is_idle_at_once() -> None:
+    w = durable_world()
+    submit(w.client(), kernel="late")
+    w.commit()
+    w.step(Stop())
+    assert w.core.is_idle
+
+
+def test_a_stop_waits_for_tasks_that_would_be_lost() -> None:
+    w = durable_world()
+    worker, client = w.worker(spec(max_batch_size=1), batches=1), w.client()
+    submit(client, 1)
+    plain = [client.submit(1) for _ in range(2)]
+    w.commit()
+    w.step(Stop())
+    for _ in range(3):
+        assert not w.core.is_idle
+        worker.finish()
+    assert w.core.is_idle
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in plain)

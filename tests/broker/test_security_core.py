@@ -9,6 +9,7 @@ from penstock.broker import protocol as p
 from penstock.broker.core import Core, Received
 from penstock.broker.scheduling.quotas import Quotas, parse_rules
 from penstock.broker.settings import SettingsError
+from penstock.broker.storage.store import MemoryStore
 
 
 class KeyList:
@@ -16,19 +17,23 @@ class KeyList:
 
     def __init__(self) -> None:
         self.gone: frozenset[str] = frozenset()
+        self.changed: frozenset[str] = frozenset()
         self.error = ""
 
     def reload(self) -> frozenset[str]:
         if self.error:
             raise SettingsError(self.error)
-        return self.gone
+        return self.gone | self.changed
+
+    def allows(self, principal: str) -> bool:
+        return principal not in self.gone
 
     def report(self) -> dict[str, Any]:
         return {"keys": 1}
 
 
-def keyed() -> tuple[World, Core, KeyList]:
-    w, keys = World(), KeyList()
+def keyed(store: MemoryStore | None = None) -> tuple[World, Core, KeyList]:
+    w, keys = World(store=store), KeyList()
     w.core.gate = keys
     return w, w.core, keys
 
@@ -89,6 +94,46 @@ def test_a_key_that_goes_takes_sessions_and_leases_along() -> None:
     assert all(bob.row(yours, row).num_finals == 1 for row in range(4))
     assert core.state.ledger.find("client:alice", mine) is None
     assert core.state.counters["expelled"] == 3
+
+
+@pytest.mark.parametrize("is_down", [False, True], ids=["running", "while no broker ran"])
+def test_durable_tasks_of_a_key_that_goes_end_and_can_be_had_again(is_down: bool) -> None:
+    w, core, keys = keyed(MemoryStore())
+    alice, bob = (w.client(principal=f"client:{name}") for name in ("alice", "bob"))
+    runs = [client.submit(2, is_durable=True, key=b"nightly") for client in (alice, bob)]
+    w.commit()
+    keys.gone = frozenset(("client:alice",))
+    if is_down:
+        w.restart(gate=keys)
+    else:
+        core.reload(w.now)
+        w.advance(0.1)
+    assert [run.id for run in w.state.ledger.runs()] == [runs[1]], "whoever may still connect keeps what is queued"
+    assert [event["subject"] for event in w.state.events.recent() if event["kind"] == "disowned"] == ["client:alice"]
+    w.commit()
+    w.restart(gate=keys)
+    assert [run.id for run in w.state.ledger.runs()] == [runs[1]], "that is safe"
+    keys.gone = frozenset()
+    alice = w.client(principal="client:alice")
+    alice.send(p.Status(request=1, what="jobs", key=b"nightly"))
+    [job] = alice.take(p.Reply)[0].body["jobs"]
+    assert job["state"] == "failed" and "revoked" in job["errors"][0]["message"]
+    alice.send(p.Control(request=2, op="requeue", key=b"nightly"))
+    w.commit()
+    assert alice.take(p.Reply)[0].error is None
+    assert w.worker().sizes() == [4]
+
+
+def test_a_new_key_for_the_same_name_leaves_durable_tasks_alone() -> None:
+    w, core, keys = keyed(MemoryStore())
+    alice = w.client(principal="client:alice")
+    run = alice.submit(1, is_durable=True)
+    w.commit()
+    keys.changed = frozenset(("client:alice",))
+    core.reload(w.now)
+    w.advance(0.1)
+    assert codes(alice) == [p.Code.NOT_AUTHORISED]
+    assert core.state.ledger.find("client:alice", run) is not None
 
 
 def test_keys_that_cannot_be_read_change_nothing_and_are_told() -> None:

@@ -1,5 +1,6 @@
 """A broker on tcp and everybody who should not get in, or not further than in: refused, counted, and nobody else disturbed."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -417,6 +418,54 @@ def test_slow_large_messages_of_an_honest_peer_are_not_cut(tmp_ipc: Path) -> Non
 
         wait_for(lambda: count("malformed") == 4)
         assert count("connections_cut") == 0
+
+
+def test_whom_the_kernel_does_not_vouch_for_is_nobody(tmp_ipc: Path) -> None:
+    """ZeroMQ tells nothing of a peer that speaks an older ZMTP, not even on ipc."""
+    with broker(tmp_ipc) as b:
+        for side in ("front", "back"):
+            for fields in (
+                {"type": "hello", "name": "old", "secret": bytes(16), "pid": 1, "device": "cpu"}, {"type": "share"},
+                {"type": "heartbeat", "session": bytes(16)}, {"type": "attach", "name": "old", "secret": bytes(16), "epoch": 1},
+            ):  # fmt: skip
+                with raw_zmtp.old_join(b.endpoint(side)) as s:
+                    s.sendall(raw_zmtp.frame(VERSION, more=True) + raw_zmtp.frame(msgpack.packb(fields)))
+                    s.recv(100)
+                    time.sleep(0.05)
+        client, worker = b.client(), b.worker()
+
+        def status() -> dict[str, Any]:
+            client.send("status", request=1)
+            body: dict[str, Any] = client.receive("reply")[0]["body"]
+            return body
+
+        wait_for(lambda: status()["counters"].get("unidentified", 0) >= 5)
+        assert status()["num_clients"] == 1
+        assert [w["name"] for w in status()["workers"]] == ["plain"]
+        run = client.submit([b"abc"])
+        worker.work()
+        assert client.result() == [(run, 0, b"cba")]
+
+
+def test_an_older_zmtp_is_nobody_on_tcp_either(tmp_ipc: Path) -> None:
+    hello = raw_zmtp.frame(VERSION, more=True) + raw_zmtp.frame(
+        msgpack.packb({"type": "hello", "name": "old", "secret": bytes(16)})
+    )
+    with unguarded(tmp_ipc) as b, raw_zmtp.old_join(b.endpoint("front")) as s:
+        s.sendall(hello)
+        client, worker = b.client(), b.worker()
+        run = client.submit([b"abc"])
+        worker.work()
+        assert client.result() == [(run, 0, b"cba")]
+        client.send("status", request=1)
+        report = client.receive("reply")[0]["body"]
+        assert (report["num_clients"], report["counters"]["unidentified"]) == (1, 1)
+    with guarded(tmp_ipc) as b, raw_zmtp.old_join(b.process.endpoint("front")) as s:
+        with contextlib.suppress(OSError):
+            s.sendall(hello)
+        assert raw_zmtp.is_closed(s)
+        b.check_serves()
+        assert b.status()["num_clients"] <= 2
 
 
 def test_who_never_finishes_a_handshake_is_dropped(tmp_ipc: Path) -> None:

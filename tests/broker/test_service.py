@@ -40,6 +40,9 @@ def test_the_words(ear: tuple[str, socket.socket]) -> None:
     assert env == {"HOME": "/"}, "no child speaks in our name"
     assert notifier.interval_s == 1.5
     assert notifier.next_deadline() is None, "nobody is alive before it is ready"
+    notifier.starting("reading", 60.0)
+    assert heard(end) == ["EXTEND_TIMEOUT_USEC=60000000", "STATUS=reading"]
+    assert notifier.next_deadline() is None, "nor then"
     notifier.ready("two\nlines")
     assert heard(end) == ["READY=1", "STATUS=two lines"]
     now = time.monotonic()

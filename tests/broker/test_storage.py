@@ -1,36 +1,21 @@
-"""The stores of durable tasks: one set of rules for the disk and for its twin in memory, and what damage does to the files."""
+"""The stores of durable tasks: one set of rules for the disk and for its twin in memory, payload files, failing writes."""
 
-import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journal_rules import expected, plain, wait_committed
 
 from penstock.broker.storage.payloads import Payloads
 from penstock.broker.storage.records import Corrupt, Erase, Put, StorageError, Write, pack, unpack
 from penstock.broker.storage.sqlite import LARGE_BYTES, SqliteStore
-from penstock.broker.storage.store import MemoryStore, Store
+from penstock.broker.storage.store import MemoryStore
 
 LARGE = bytes(range(256)) * (LARGE_BYTES // 256 + 1)
-Plain = list[tuple[int, int, list[bytes]]]
-
-
-def wait_committed(store: Store, ticket: int) -> None:
-    if isinstance(store, MemoryStore):
-        store.commit()
-    limit = time.monotonic() + 20.0
-    while store.committed < ticket:
-        assert store.failure is None
-        assert time.monotonic() < limit
-        time.sleep(0.0005)
-
-
-def plain(store: Store) -> Plain:
-    return [(put.task, put.kind, [bytes(memoryview(frame)) for frame in put.frames]) for put in store.load()]  # type: ignore[arg-type]
 
 
 class Disk:
@@ -86,19 +71,10 @@ WRITES = st.lists(
     st.one_of(
         st.builds(Put, st.integers(1, 5), st.integers(0, 3), FRAMES),
         st.builds(Erase, st.integers(1, 5)),
+        st.builds(Erase, st.integers(1, 5), st.lists(st.integers(0, 3), max_size=2)),
     ),
     max_size=6,
 )
-
-
-def expected(groups: list[list[Write]]) -> Plain:
-    kept: Plain = []
-    for write in (write for group in groups for write in group):
-        if isinstance(write, Erase):
-            kept = [row for row in kept if row[0] != write.task]
-        else:
-            kept.append((write.task, write.kind, [bytes(memoryview(frame)) for frame in write.frames]))  # type: ignore[arg-type]
-    return kept
 
 
 @given(groups=st.lists(WRITES, max_size=8), restart_at=st.integers(0, 8))
@@ -227,73 +203,3 @@ def test_another_format_is_refused(disk: Disk) -> None:
     db.close()
     with pytest.raises(StorageError, match="format 99"):
         SqliteStore(disk.folder)
-
-
-# --- damage ------------------------------------------------------------------------------------------------------------
-
-
-def a_journal(folder: Path) -> list[Plain]:
-    """200 operations in groups; what is there after each group, in order. The files are left as a crash leaves them."""
-    store = SqliteStore(folder / "live")
-    list(store.load())
-    groups: list[list[Write]] = []
-    for index in range(20):
-        group: list[Write] = [Put(index * 10 + i, i % 3, [b"%d" % i, bytes([index]) * 50]) for i in range(8)]
-        group += [Erase(index * 10), Erase(index * 10 - 5)]
-        groups.append(group)
-        wait_committed(store, store.append(group))
-    shutil.copytree(folder / "live", folder / "image")
-    store.close()
-    return [expected(groups[:n]) for n in range(len(groups) + 1)]
-
-
-def outcome(folder: Path) -> Plain | None:
-    """What a start finds in the files; None: it refuses them."""
-    try:
-        store = SqliteStore(folder)
-    except StorageError:
-        return None
-    try:
-        return plain(store)
-    except Corrupt:
-        return None
-    finally:
-        store.close()
-
-
-def damage(tmp_path: Path, places: Callable[[int], Iterator[int]], change: Callable[[bytes, int], bytes]) -> None:
-    states = a_journal(tmp_path)
-    image = tmp_path / "image"
-    for name in ("journal.sqlite", "journal.sqlite-wal"):
-        data = (image / name).read_bytes()
-        for at in places(len(data)):
-            copy = tmp_path / "copy"
-            shutil.copytree(image, copy)
-            (copy / name).write_bytes(change(data, at))
-            found = outcome(copy)
-            assert found is None or found in states, f"{name} at {at}: wrong data"
-            shutil.rmtree(copy)
-
-
-def flipped(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :]
-
-
-def torn(data: bytes, at: int) -> bytes:
-    start = at - at % 512
-    return data[:start] + bytes(512) + data[start + 512 :]
-
-
-CHANGES = pytest.mark.parametrize("change", [flipped, torn, lambda data, at: data[:at]], ids=["flipped", "torn", "prefix"])
-
-
-@CHANGES
-def test_damage_is_seen(tmp_path: Path, change: Callable[[bytes, int], bytes]) -> None:
-    damage(tmp_path, lambda size: iter(range(0, size, max(size // 60, 1) | 1)), change)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@CHANGES
-def test_every_damage_is_seen(tmp_path: Path, change: Callable[[bytes, int], bytes]) -> None:
-    damage(tmp_path, lambda size: iter(range(0, size, 512 if change is torn else 1)), change)

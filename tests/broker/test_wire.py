@@ -123,6 +123,17 @@ def test_layouts_that_are_none(layout: Any) -> None:
     refused([VERSION, msgpack.packb(fields), *frames[2:]])
 
 
+def test_empty_rows_have_a_shape_that_an_array_can_have() -> None:
+    """No byte need come for them, but whoever makes arrays of them counts their items."""
+    fixed, ragged = ["x", "uint8", [0, 1 << 40, 1 << 40], False, False], ["x", "uint8", [0, 9], True, False]
+    for column, lengths in ((fixed, []), (ragged, [[[1 << 47]]])):
+        block = [1, msgpack.packb([column]), *lengths]
+        fields = {**msgpack.unpackb(encode(SUBMIT)[1]), "block": block}
+        assert "items" in refused([VERSION, msgpack.packb(fields), b""])
+    block = [1, msgpack.packb([["x", "uint8", [0, 9], True, False]]), [[1000]]]
+    decode(p.FROM_CLIENT, [VERSION, msgpack.packb({**msgpack.unpackb(encode(SUBMIT)[1]), "block": block}), b""])
+
+
 def test_frames_missing_extra_or_of_another_size() -> None:
     frames = [bytes(f) for f in encode(SUBMIT)]
     for wrong in (frames[:2], [*frames, b"x"], [*frames[:2], b"abcdefg"], [*frames[:2], b"abcdefghi"], frames[:1], []):

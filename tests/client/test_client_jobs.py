@@ -146,7 +146,8 @@ FETCHED = {"id": b"i" * 16, "rows": 2, "uses": [2, 8], "is_handed": True, "kerne
 
 
 @pytest.mark.parametrize("wrong", [
-    *({name: None} for name in FETCHED), {"id": b"short"}, {"rows": 0}, {"rows": 1 << 60}, {"uses": [1]}, {"uses": [-1, 8]}, {"rows": True},
+    *({name: None} for name in FETCHED), {"id": b"short"}, {"rows": 0}, {"rows": 1 << 60}, {"uses": [1]}, {"uses": [-1, 8]},
+    {"rows": True},
 ])  # fmt: skip
 def test_an_answer_to_a_fetch_that_cannot_be_understood_is_its_error(wrong):
     rig = Rig().attached()
@@ -154,7 +155,8 @@ def test_an_answer_to_a_fetch_that_cannot_be_understood_is_its_error(wrong):
     rig.send()
     rig.broker.out.clear()
     rig.tell(protocol.Reply(request=request.number, body={**FETCHED, **wrong}))
-    assert request.is_done and request.run is None
+    assert request.is_done
+    assert request.run is None
     with pytest.raises(ProtocolFault, match="cannot be understood"):
         request.answer()
 

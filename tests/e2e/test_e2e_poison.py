@@ -1,4 +1,4 @@
-"""Poisoned rows in batches of 256, with real processes: found within ten deaths each, and nobody else notices but for the wait."""
+"""Poisoned rows in batches of 256, with real processes: found within ten deaths each, all others done."""
 
 import time
 from collections.abc import Iterator
