@@ -36,6 +36,7 @@ class Client:
         self.session = Session(CONFIG, user.name, world.timeline.random.randbytes)
         self._inbox: deque[Frames] = deque()
         self._is_awake = False
+        self._num_turns = 0
         self._due = float("inf")
         self._rows: dict[Run, list[tuple[Task, int] | None]] = {}
         self._seen: dict[Run, list[Any]] = {}
@@ -144,16 +145,22 @@ class Client:
 
     def _look(self) -> None:
         """Tell what is new, and see that nothing has changed that was told."""
-        try:
-            self.session.check()
-        except AssertionError as e:
-            raise Violation("client", str(e) or repr(e)) from e
+        self._num_turns += 1
+        if self._num_turns % self._user.world.check_every == 0:
+            self.check()
         for request, task in [pair for pair in self._asked if pair[0].is_done]:
             self._asked.remove((request, task))
             self._on_fetched(request, task)
         changed, self._changed = self._changed, []
         for run in changed:
             self._tell(run)
+
+    def check(self) -> None:
+        """Everything inside must fit together."""
+        try:
+            self.session.check()
+        except AssertionError as e:
+            raise Violation("client", str(e) or repr(e)) from e
 
     def _tell(self, run: Run) -> None:
         seen, rows = self._seen[run], self._rows[run]

@@ -85,7 +85,8 @@ class Engine:
     def run(self, assign: Assign, received_at: float) -> tuple[list[Answer], Clock, Any]:
         """What `Runner.run` gives, at the end of the batch that began before."""
         run, self.current = self.current, None
-        assert run is not None and run.assign is assign
+        assert run is not None
+        assert run.assign is assign
         return self.end(run)
 
     def end(self, run: Run) -> tuple[list[Answer], Clock, Any]:

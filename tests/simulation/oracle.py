@@ -72,7 +72,8 @@ class Oracle:
                 raise Violation("never submitted", f"a kernel was given {row!r}")
             self._starts[row] += 1
             if task.kernel == ONCE and self._starts[row] > 1 and not task.is_spoiled:
-                raise Violation("run again", f"{shown_row(row)} of a kernel that is not idempotent was started {self._starts[row]} times")
+                text = f"{shown_row(row)} of a kernel that is not idempotent was started {self._starts[row]} times"
+                raise Violation("run again", text)
         self.counts["started"] += len(rows)
 
     def answered(self, row: bytes, what: str) -> None:

@@ -15,10 +15,11 @@ from simulation.tasks import BREAKS, HANGS, KILLS, OK, ONCE, RAISES, SHARED, SIZ
 from simulation.timeline import START, Timeline
 from simulation.worker import Supervisor
 
-CHAOS_S = 5.0
+CHAOS_S = 4.0
 HEAL_S = 100.0
 """Everything that is open must end within this time once nothing goes wrong any more."""
-FORGETFUL = FAULTS.keys() - {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "delays", "slow_disk"}
+_HARMLESS = {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "delays", "slow_disk"}
+FORGETFUL = FAULTS.keys() - _HARMLESS
 """Where one of these strikes, a client may have what the broker does not know it to have."""
 MAX_EVENTS = 60_000
 LOOK_EVERY = 20
@@ -60,7 +61,6 @@ class World:
         self.network.broker = self.broker = Broker(self)
         self.users: list[User] = []
         self.supervisors: list[Supervisor] = []
-        self._is_faulty = True
 
     def next_pid(self) -> int:
         self._num_pids += 1
@@ -185,12 +185,11 @@ class World:
 
     def _open_tasks(self) -> str:
         tasks = [task for user in self.users for task in user.tasks if not task.is_over and not task.is_given_up]
-        return ", ".join(f"{task.name} {task.kernel} rows {sorted(set(range(len(task.rows))) - set(task.told))}" for task in tasks[:5])
+        return ", ".join(f"{t.name} {t.kernel} rows {sorted(set(range(len(t.rows))) - set(t.told))}" for t in tasks[:5])
 
     def _heal(self) -> None:
         """Nothing goes wrong from now on; what stands still or is cut off goes on when its time has come."""
         self.timeline.note("fault", "none from now on")
-        self.kinds_over = True
         self.network.full.clear()
         for connection in self.network.routes.values():
             connection.slowness = 0.0
@@ -202,6 +201,9 @@ class World:
             if self.timeline.now > limit:
                 raise Violation("left over", left)
         self.broker.check()
+        for user in self.users:
+            for client in user.clients.values():
+                client.check()
 
     def _left_over(self) -> str:
         broker = self.broker
@@ -211,7 +213,7 @@ class World:
         left = {
             "open rows": state.ledger.num_open, "leases": len(state.ledger.leases), "held messages": broker.num_held,
             "writes": len(journal.writes), "waiting writes": broker.disk.num_waiting,
-            "unacknowledged": sum(len(s.outbox) + len(s.finished) for s in broker.core.clients.sessions() if s.route is not None),
+            "unacknowledged": sum(len(s.outbox) + len(s.finished) for s in broker.core.clients.sessions() if s.route),
             "kept": 0 if FORGETFUL & set(self.kinds) else len(journal._kept),
             "held leases": sum(len(s.worker.link.held) for s in self.supervisors if s.worker is not None),
             "busy clients": sum(c.session.is_busy for u in self.users for c in u.clients.values()),
