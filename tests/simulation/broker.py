@@ -64,6 +64,8 @@ class Broker:
         self._timeline, self._network, self._oracle = world.timeline, world.network, world.oracle
         self.disk = Disk(world.oracle)
         self.is_up = self.is_paused = False
+        self.is_doomed = False
+        """It will be killed when it has something to write the next time."""
         self.slow_disk_s = 0.0
         self._life = 0
         self._inbox: list[tuple[Connection, Frames]] = []
@@ -204,6 +206,10 @@ class Broker:
         except StorageError as e:
             self.crash(str(e), 0.1)
             return
+        if writes and self.is_doomed:
+            self.is_doomed = False
+            in_s = self._timeline.random.uniform(0.0, 0.003)
+            self._timeline.after(in_s, self.crash, "kill -9 before the disk was through", 0.1)
         if writes and not self._is_committing:
             self._commit_later()
 

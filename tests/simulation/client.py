@@ -247,6 +247,8 @@ class User:
         if not self.clients:
             self.connect()
         client = next(iter(self.clients.values()))
+        if "disconnect" in self.world.kinds and self.world.timeline.random.random() < 0.5:
+            self.world.timeline.after(self.world.timeline.random.uniform(0.001, 0.01), client.cut)
         for task in self.tasks:
             is_open = not task.is_over and not task.is_given_up
             if is_open and not any(task in other.tasks for other in self.clients.values()):

@@ -89,6 +89,12 @@ class Engine:
         assert run.assign is assign
         return self.end(run)
 
+    def running(self) -> list[Run]:
+        """The batches that the device is at."""
+        if self.flights is not None:
+            return list(self.flights._flying)
+        return [] if self.current is None else [self.current]
+
     def end(self, run: Run) -> tuple[list[Answer], Clock, Any]:
         """The answers of a batch; and the fault after which the process must end, if there was one."""
         is_once, num_rows = run.assign.kernel == ONCE, len(run.rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.state import BACK
 from penstock.worker.config import DEVICE_FAULT_STATUS
-from penstock.worker.link import Link
+from penstock.worker.link import MAX_WINDOW, Final, Link
 from penstock.worker.pulse import Pulse
 from penstock.worker.session import Refused, Session
 from penstock.worker.work import Work
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 4096
 HANG_LIMIT_S = 1.5
-MAX_HELD = 8
-"""Batches held: a window of four and the slots."""
 
 
 class Worker:
@@ -129,11 +127,23 @@ class Worker:
             return
         if self.is_over:
             return
-        if sum(not held.is_stream for held in self.link.held.values()) > MAX_HELD:
-            raise Violation("credit", f"{self.name} holds {len(self.link.held)} leases")
+        self._check()
         dues = [due for due in self.session.dues() if due > now]
         if dues:
             self._timeline.at(min(dues) + 0.001, self.wake)
+
+    def _check(self) -> None:
+        """What is held is within the credit, and waits, runs or is on its way out; nothing else does."""
+        held, work = self.link.held.keys(), self.session.work
+        if len(held) > MAX_WINDOW + self.link.credit.num_slots - 1:
+            raise Violation("credit", f"{self.name} holds {len(held)} leases")
+        if work is None:
+            return
+        waiting = {assign.lease for assign, _ in work._waiting}
+        running = {run.assign.lease for run in self.engine.running()}
+        leaving = {item.lease for item in self.session.outbox if isinstance(item, Final)}
+        if not waiting <= held or not held <= waiting | running | leaving:
+            raise Violation("worker", f"{self.name} holds {sorted(held)}; {waiting=}, {running=}, {leaving=}")
 
     def _act(self, now: float) -> None:
         """One turn of the data loop."""

@@ -18,7 +18,7 @@ from simulation.worker import Supervisor
 CHAOS_S = 4.0
 HEAL_S = 100.0
 """Everything that is open must end within this time once nothing goes wrong any more."""
-_HARMLESS = {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "delays", "slow_disk"}
+_HARMLESS = {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "slow_disk"}
 FORGETFUL = FAULTS.keys() - _HARMLESS
 """Where one of these strikes, a client may have what the broker does not know it to have."""
 MAX_EVENTS = 60_000
@@ -191,6 +191,7 @@ class World:
         """Nothing goes wrong from now on; what stands still or is cut off goes on when its time has come."""
         self.timeline.note("fault", "none from now on")
         self.network.full.clear()
+        self.broker.is_doomed = False
         for connection in self.network.routes.values():
             connection.slowness = 0.0
 
