@@ -299,11 +299,12 @@ class Clients:
                 self._adopt(session, m)
             if self._is_repeat(session, m):
                 return
-            self._admission.check(session, m, num_rows, num_bytes, now)
             entry = self._admission.remembered(session, m, now)
-            if entry is not None and entry.run is None:
+            if entry is not None and entry.run is None:  # it is over: that takes no room in the queue, nor on the disk
+                self._admission.check_session(session, num_rows, num_bytes, now)
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return
+            self._admission.check(session, m, num_rows, num_bytes, now)
             run = self._admission.open(session, m, num_bytes, now, entry is not None)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1

@@ -134,6 +134,21 @@ def test_without_room_durable_tasks_are_refused_and_others_taken(reason: str) ->
     assert client.results(plain) != [None]
 
 
+def test_what_is_over_is_told_again_without_room() -> None:
+    """A client that heard of its acceptance and submits again after a crash gets the outcome, however full the disk is."""
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    w.commit()
+    worker.finish()
+    w.commit()
+    w.restart()
+    w.state.journal.has_room = False
+    client = again(w, run)
+    w.commit()
+    told(client, run)
+
+
 def test_a_kernel_can_be_durable_by_configuration() -> None:
     w = durable_world(durable_kernels=("echo",))
     client = w.client()
