@@ -117,6 +117,8 @@ class Oracle:
 
     def decided(self, message: Any) -> None:
         """What the core asks to be sent."""
+        if isinstance(message, p.Results):
+            self._note_own_ends(message)
         if not isinstance(message, p.Assign):
             return
         rows = [bytes(block.row(0, i)) for block in message.blocks for i in range(block.num_rows)]
@@ -132,6 +134,13 @@ class Oracle:
         self._assigned.update(rows)
         if len(rows) == 1:
             self._alone[rows[0]].add(message.lease)
+
+    def _note_own_ends(self, results: p.Results) -> None:
+        """Who cancels, or runs out of time, gives up its own submission: one that came later with its key then starts anew."""
+        for outcome in results.outcomes:
+            if outcome.error is not None and outcome.error.code in _OWN:
+                for task in (self.tasks[self._names[run_id]] for run_id, _, _ in outcome.spans if run_id in self._names):
+                    task.is_spoiled = task.is_spoiled or task.is_twin
 
     def sent(self, message: Any, principal: str) -> None:
         """What leaves the broker for a client of this principal."""
@@ -173,7 +182,9 @@ class Oracle:
             self._numbers[put.task] = name
             self._safe[name] = set()
             return
-        name = self._numbers[put.task]
+        name = self._numbers.get(put.task)
+        if name is None:
+            raise Violation("lost", f"a record of task {put.task}, which is not in the journal")
         if put.kind == OUTCOME:
             results = decode(p.TO_CLIENT, put.frames)
             for outcome in results.outcomes:
