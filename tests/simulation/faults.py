@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from penstock.broker.storage.records import StorageError
 from simulation.client import Client
 from simulation.network import DOWN, UP
-from simulation.worker import Supervisor
+from simulation.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from simulation.world import World

@@ -9,8 +9,8 @@ from simulation.runner import results
 
 MAX_SEEDS = 1000
 SLOW = {
-    "assigns-before-the-record", "acknowledges-what-it-drops", "takes-any-answer-for-its-lease",
-    "resumes-workers-it-does-not-know",
+    "acknowledges-what-it-drops", "assigns-before-the-record", "blames-who-is-left-of-a-batch",
+    "keeps-leases-of-an-old-broker", "resumes-workers-it-does-not-know",
 }  # fmt: skip
 """Those that take more than some 50 seeds."""
 

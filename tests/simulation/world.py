@@ -7,13 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from simulation.broker import Broker
-from simulation.client import Client, User
+from simulation.client import Client
 from simulation.faults import FAULTS, KINDS
 from simulation.network import Network
 from simulation.oracle import Oracle, Violation
+from simulation.supervisor import Supervisor
 from simulation.tasks import BREAKS, HANGS, KILLS, OK, ONCE, RAISES, SHARED, SIZES, Task, payload
 from simulation.timeline import START, Timeline
-from simulation.worker import Supervisor
+from simulation.user import User
 
 CHAOS_S = 4.0
 HEAL_S = 100.0
