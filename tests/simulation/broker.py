@@ -124,7 +124,9 @@ class Broker:
         inbox, self._inbox = self._inbox, []
         for connection, frames in inbox:
             self.receive(connection, frames)
-        self._plan_turn()
+        self._release()
+        if self.is_up:
+            self._plan_turn()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -228,18 +230,8 @@ class Broker:
         self._timeline.note("disk", f"{self.disk.committed} groups are safe")
         if not self.is_paused:
             self._release()
-        else:
-            self._timeline.after(0.1, self._release_later, life)
-        if self.is_up and life == self._life and self.disk.num_waiting:
+        if life == self._life and self.disk.num_waiting and self.disk.failure is None:
             self._commit_later()
-
-    def _release_later(self, life: int) -> None:
-        if life != self._life:
-            return
-        if self.is_paused:
-            self._timeline.after(0.1, self._release_later, life)
-        else:
-            self._release()
 
     def _release(self) -> None:
         try:
