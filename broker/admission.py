@@ -71,6 +71,10 @@ class Admission:
         window_rows, window_bytes = self.credit(session)
         if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
             raise self._overloaded("the session's credit is used up", num_rows, now, "credit")
+        self.check_outbox(session, num_rows, now)
+
+    def check_outbox(self, session: ClientSession, num_rows: int, now: float) -> None:
+        """Whether a session may be sent more results. Raises Refusal."""
         if session.num_unacked_bytes > self._state.config.max_result_bytes or len(session.outbox) > MAX_UNACKED:
             raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now, "acks")
 
