@@ -39,9 +39,9 @@ class User:
         client.end(is_gentle)
         for task in sorted(left, key=lambda task: task.number):
             others = any(task in other.tasks for other in self.clients.values())
-            task.is_spoiled = True  # what is not durable ends with its client
-            if not task.options.is_durable and not others:
-                task.is_given_up = True
+            if not task.options.is_durable:  # it ends with its client
+                task.is_spoiled = True
+                task.is_given_up = task.is_given_up or not others
         self.world.timeline.after(away_s, self._replace)
 
     def _replace(self) -> None:
