@@ -300,7 +300,7 @@ class Clients:
             if self._is_repeat(session, m):
                 return
             entry = self._admission.remembered(session, m, now)
-            if entry is not None and entry.run is None:  # it is over: that takes no credit, no room in the queue, nor on the disk
+            if entry is not None and entry.run is None:  # it is over: that takes no room in window, queue or disk
                 self._admission.check_outbox(session, num_rows, now)
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return

@@ -7,8 +7,10 @@ inner state of anybody. Whatever is not as promised is a `Violation` that names 
 from collections import defaultdict
 from typing import Any
 
+import msgpack
+
 from penstock.broker import protocol as p
-from penstock.broker.kept import ACKED, OUTCOME, TAKEN
+from penstock.broker.kept import ACKED, DIED, OUTCOME, TAKEN
 from penstock.broker.protocol import Code
 from penstock.broker.storage.records import Put
 from penstock.broker.wire import decode
@@ -192,6 +194,11 @@ class Oracle:
                     if not self._safe[name].isdisjoint(range(start, stop)):
                         raise Violation("recorded twice", f"rows {start} to {stop} of {self.tasks[name].name}")
                     self._safe[name].update(range(start, stop))
+        elif put.kind == DIED:
+            start, _, count, *_ = msgpack.unpackb(bytes(put.frames[0]))
+            row = self.tasks[name].rows[start]
+            if count > (num_lost := len(self._alone[row])):
+                raise Violation("blamed", f"{shown_row(row)}: {count} deaths, and {num_lost} leases alone were lost")
         elif put.kind == ACKED and not self.tasks[name].is_over:
             raise Violation("acknowledged unseen", self.tasks[name].name)
 

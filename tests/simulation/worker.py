@@ -182,6 +182,8 @@ class Worker:
 
     def _on_begin(self, run: Run) -> None:
         """A batch is on the device: it will be through, or be the end of this process."""
+        if run.assign.lease >> 32 != self.link.epoch:
+            raise Violation("old lease", f"{self.name} begins with one of a broker that is gone")
         if run.kills:
             self._timeline.at(run.began_at + 0.5 * run.took_s, self.end, "killed by a row", 139)
         elif run.hangs:
