@@ -145,7 +145,8 @@ class Broker:
             return
         owner = self._world.principals[connection.owner]
         self._timeline.note(f"{connection.owner} -> broker", message, frames)
-        self._oracle.received(message, owner)
+        if not isinstance(message, p.WorkerFinal) or route in self.core.workers.by_route:  # else nobody looks at it
+            self._oracle.received(message, owner)
         pid = getattr(message, "pid", 0) if isinstance(message, p.WorkerHello) else 0
         self._handle(Received(side, route, owner if isinstance(message, _NAMED) else "", message, pid))
         self._plan_turn()

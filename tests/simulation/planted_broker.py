@@ -155,21 +155,6 @@ def blames_the_whole_batch() -> None:
 
 
 @bug("broker")
-def blames_who_is_left_of_a_batch() -> None:
-    """The last row without outcome of a batch counts as having run alone."""
-
-    def make(recover: Any) -> Any:
-        def blame(self: Workers, lease: Lease, *args: Any, **fields: Any) -> None:
-            lease.num_rows = sum(q.num_rows for q in lease.pieces if q.state == LEASED) or lease.num_rows
-            lease.num_answered = 0
-            recover(self, lease, *args, **fields)
-
-        return blame
-
-    change(Workers, "_recover", make)
-
-
-@bug("broker")
 def counts_deaths_twice() -> None:
     """One death while alone is enough for the verdict."""
 

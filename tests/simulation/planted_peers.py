@@ -59,12 +59,6 @@ _KEPT = ("epoch", "heartbeat_ms", "is_resumed", "credit", "limits", "shared")
 
 
 @bug("client")
-def acknowledges_what_it_drops() -> None:
-    """Outcomes of a fetch whose reply was lost are acknowledged before anybody has them."""
-    disable(Receipts, "hold")
-
-
-@bug("client")
 def tells_a_row_again() -> None:
     """An outcome replaces the one that a row has."""
 

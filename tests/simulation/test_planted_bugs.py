@@ -9,8 +9,8 @@ from simulation.runner import results
 
 MAX_SEEDS = 1000
 SLOW = {
-    "acknowledges-what-it-drops", "assigns-before-the-record", "blames-who-is-left-of-a-batch",
-    "keeps-leases-of-an-old-broker", "resumes-workers-it-does-not-know",
+    "assigns-before-the-record", "keeps-leases-of-an-old-broker", "resumes-workers-it-does-not-know",
+    "submits-again-under-a-new-id",
 }  # fmt: skip
 """Those that take more than some 50 seeds."""
 
