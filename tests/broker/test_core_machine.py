@@ -14,7 +14,7 @@ from penstock.broker.scheduling.lanes import BatchQueue, Lane
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.settlement import Settlement
-from penstock.broker.tasks import Lease, Piece
+from penstock.broker.tasks import LEASED, Lease, Piece
 from penstock.broker.workers import Workers
 
 Patch = pytest.MonkeyPatch
@@ -243,8 +243,14 @@ def a_lease_stays_with_the_lost_worker(patch: Patch) -> None:
 
 @fault
 def everything_is_redelivered(patch: Patch) -> None:
-    real = Workers._recover
-    patch.setattr(Workers, "_recover", lambda self, *args, **_: real(self, *args[:3], False))
+    def recover(self: Workers, lease: Lease, *_: Any, **__: Any) -> None:
+        pieces = [piece for piece in lease.pieces if piece.state == LEASED]
+        self.state.ledger.close(lease)
+        self.dispatch.abandoned(lease)
+        for piece in pieces:
+            self.state.ledger.requeue(piece)
+
+    patch.setattr(Workers, "_recover", recover)
 
 
 @fault
