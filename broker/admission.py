@@ -48,7 +48,7 @@ class Admission:
     def check(
         self, session: ClientSession, m: Submit, num_rows: int, num_bytes: int, now: float, entry: Entry | None
     ) -> None:
-        """Whether a submission is within every limit that concerns it: what is known already (`entry`) takes no new room.
+        """Whether a submission is within every limit that concerns it: what is open already (`entry`) needs no room on disk.
 
         Raises:
             Refusal: it is not.
@@ -66,14 +66,17 @@ class Admission:
             most = min(config.window_bytes, config.max_queue_bytes)
             raise Refusal(Code.INVALID, f"{num_bytes:,} payload bytes are too large: this broker takes at most {most:,}")
         self.check_session(session, num_rows, num_bytes, now)
-        if entry is None or entry.run is not None:
-            self.check_queue(session.account, num_rows, num_bytes, now)
+        self.check_queue(session.account, num_rows, num_bytes, now)
 
     def check_session(self, session: ClientSession, num_rows: int, num_bytes: int, now: float) -> None:
         """Whether a session may have so much more open. Raises Refusal."""
         window_rows, window_bytes = self.credit(session)
         if session.used_rows + num_rows > window_rows or session.used_bytes + num_bytes > window_bytes:
             raise self._overloaded("the session's credit is used up", num_rows, now, "credit")
+        self.check_outbox(session, num_rows, now)
+
+    def check_outbox(self, session: ClientSession, num_rows: int, now: float) -> None:
+        """Whether a session may be sent more results. Raises Refusal."""
         if session.num_unacked_bytes > self._state.config.max_result_bytes or len(session.outbox) > MAX_UNACKED:
             raise self._overloaded("the session's results wait for its acknowledgement", num_rows, now, "acks")
 

@@ -278,10 +278,11 @@ class Clients:
             if self._is_repeat(session, m):
                 return
             entry = self._admission.remembered(session, m, now)
-            self._admission.check(session, m, num_rows, num_bytes, now, entry)
-            if entry is not None and entry.run is None:
+            if entry is not None and entry.run is None:  # it is over: that takes no room in window, queue or disk
+                self._admission.check_outbox(session, num_rows, now)
                 self._replay(session, m, entry, num_rows, num_bytes)
                 return
+            self._admission.check(session, m, num_rows, num_bytes, now, entry)
             run = self._admission.open(session, m, num_bytes, now, entry)
         except Refusal as refusal:
             self.state.counters[f"refused_{refusal.error.code}"] += 1

@@ -201,7 +201,8 @@ class Leases:
             text = f"{reason}; {lease.queue.spec.name!r} is not idempotent, so it was not run again"
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
-        if is_suspect and is_alone and lease.num_rows == 1:  # not the last one left of a batch: the others ran as well
+        # Not the last one left of a batch: what was cancelled or ran out of time while it was held ran as well.
+        if is_suspect and is_alone and lease.num_rows - lease.num_answered <= 1:
             suspect = pieces[0]
             suspect.deaths += 1
             suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))

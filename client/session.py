@@ -276,7 +276,7 @@ class Session:
         self.memory.welcome(m.shared)
         if self.memory.is_on:
             self._outbox.append(self.memory.share())
-        for id_ in self.submissions.strays:
+        for id_ in sorted(self.submissions.strays):
             self._questions.add(lambda number, id_=id_: protocol.Fetch(request=number, id=id_))  # type: ignore[misc]
         self._outbox.extend(self._questions.messages())
 

@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, metavar="K", help="this one alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print all that happens")
     parser.add_argument("--without", default="", metavar="KIND,...", help="with --seed: leave these faults out")
-    parser.add_argument("--chaos-s", type=float, default=CHAOS_S, metavar="T", help="with --seed: things go wrong so long (%(default)s)")
+    parser.add_argument("--chaos-s", type=float, default=CHAOS_S, metavar="T", help="with --seed: faults so long (%(default)s)")
     parser.add_argument("--planted", metavar="NAME", help="with this bug planted in the product; 'all': each of them in turn")
     parser.add_argument("--kinds", action="store_true", help="print what may go wrong, and the bugs that can be planted")
     arguments = parser.parse_args()
@@ -107,7 +107,8 @@ def _show_progress(total: Total, num_seeds: int, took_s: float, is_last: bool = 
         done = total.num_seeds / num_seeds
         bar = "#" * round(30 * done)
         left_s = took_s / done - took_s if done else 0.0
-        text = f"\r[{bar:<30}] {total.num_seeds}/{num_seeds}, {total.num_seeds / max(took_s, 1e-9):.0f} seeds/s, {left_s:.0f} s left "
+        rate = total.num_seeds / max(took_s, 1e-9)
+        text = f"\r[{bar:<30}] {total.num_seeds}/{num_seeds}, {rate:.0f} seeds/s, {left_s:.0f} s left "
         print(text, end="\n" if is_last else "", file=sys.stderr, flush=True)
 
 

@@ -15,7 +15,7 @@ from penstock.broker.scheduling.lanes import BatchQueue, Lane
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.settlement import Settlement
-from penstock.broker.tasks import Lease, Piece, Saved
+from penstock.broker.tasks import LEASED, Lease, Piece, Saved
 
 Patch = pytest.MonkeyPatch
 Fault = Callable[[Patch], None]
@@ -278,8 +278,14 @@ def a_checkpoint_is_counted_once_more(patch: Patch) -> None:
 
 @fault
 def everything_is_redelivered(patch: Patch) -> None:
-    real = Leases.recover
-    patch.setattr(Leases, "recover", lambda self, *args, **_: real(self, *args[:3], False))
+    def recover(self: Leases, lease: Lease, *_: Any, **__: Any) -> None:
+        pieces = [piece for piece in lease.pieces if piece.state == LEASED]
+        self.state.ledger.close(lease)
+        self.dispatch.abandoned(lease)
+        for piece in pieces:
+            self.state.ledger.requeue(piece)
+
+    patch.setattr(Leases, "recover", recover)
 
 
 @fault

@@ -1,7 +1,7 @@
 """Workers that vanish, hang, come back, drain and leave; poison is found and its batch-mates are done."""
 
 import pytest
-from broker_world import FakeClient, FakeWorker, World, spec
+from broker_world import FakeClient, FakeWorker, World, spec, tag
 
 from penstock.broker import protocol as p
 from penstock.broker.core import ProcessEnded, Received
@@ -105,7 +105,38 @@ def test_rows_already_answered_are_not_redelivered() -> None:
     w.worker().finish_all()
     assert [client.row(run, row).num_finals for row in range(4)] == [1] * 4
     assert client.row(run, 1).outcome.attempt == 1  # type: ignore[union-attr]
-    assert client.row(run, 0).outcome.attempt == 1 + 1  # type: ignore[union-attr]
+    assert client.row(run, 0).outcome.attempt == 1, "it was not alone: row 3 ran as well"  # type: ignore[union-attr]
+
+
+def test_what_is_cancelled_in_a_batch_does_not_leave_the_others_alone() -> None:
+    """The row that was cancelled, or whose time was over, may be what killed the worker."""
+    w = World(max_attempts=1)
+    client, worker = w.client(), w.worker(pid=5000)
+    run = client.submit(2)
+    client.send(p.Cancel(id=run, start=1, stop=2))
+    worker.crash()
+    w.worker().finish_all()
+    assert client.results(run, 2) == [tag(run, 0), "cancelled"]
+
+
+def test_a_row_whose_batch_mates_were_answered_was_alone() -> None:
+    w = World(max_attempts=1)
+    client, worker = w.client(), w.worker(pid=5000)
+    run = client.submit(2)
+    worker.answer(worker.the_lease(), 1, 2)
+    worker.crash()
+    assert client.results(run, 2) == ["dead", tag(run, 1)]
+
+
+def test_who_leaves_politely_may_have_begun_as_well() -> None:
+    """Interrupted twice, a worker says goodbye out of a running kernel."""
+    w = World()
+    client, worker = w.client(), w.worker(spec(idempotent=False), batches=1)
+    run, waiting = client.submit(), client.submit()
+    worker.send(p.Goodbye(reason="interrupted"))
+    assert client.results(run) == ["worker_lost"]
+    w.worker(spec(idempotent=False)).finish_all()
+    assert client.row(waiting).error is None, "it had not started"
 
 
 def test_a_kernel_that_is_not_idempotent_is_not_run_again() -> None:

@@ -54,6 +54,37 @@ def test_an_outcome_is_told_when_it_is_safe() -> None:
     told(client, run)
 
 
+def test_who_shares_a_key_is_told_when_it_is_safe() -> None:
+    """Else one client could have had an outcome that a crash undoes for the other."""
+    w = durable_world()
+    worker, client, other = w.worker(), w.client(), w.client("other")
+    run = submit(client, key=b"key", block=tensor_rows(b"k" * 16, 2))
+    twin = submit(other, key=b"key", block=tensor_rows(b"k" * 16, 2))
+    w.commit()
+    worker.finish()
+    assert client.results(run, 2) == other.results(twin, 2) == [None, None]
+    w.commit()
+    assert client.results(run, 2) == other.results(twin, 2) == [tag(b"k" * 16, row) for row in range(2)]
+
+
+def test_what_shares_a_key_with_a_task_that_was_taken_is_taken() -> None:
+    """No worker has come for so long that its kernel counts as unknown; a durable task waits for it all the same."""
+    w = durable_world(worker_grace_s=1.0)
+    w.worker(pid=5)
+    block = tensor_rows(b"k" * 16, 2)
+    submit(w.client(), key=b"key", block=block)
+    w.commit()
+    w.restart()
+    w.advance(2.0)
+    client = w.client("other")
+    twin = submit(client, key=b"key", block=block)
+    w.commit()
+    assert twin not in client.refused
+    w.worker().finish_all()
+    w.commit()
+    assert client.results(twin, 2) == [tag(b"k" * 16, row) for row in range(2)]
+
+
 def test_what_follows_a_promise_waits_behind_it() -> None:
     w = durable_world()
     worker, client, other = w.worker(batches=3), w.client(), w.client("other")
@@ -124,6 +155,19 @@ def test_nobody_takes_all_the_room_for_results() -> None:
     assert is_taken(modest)
     greedy.send(p.Ack(seq=greedy.received))
     assert is_taken(greedy)
+def test_what_is_over_is_told_again_without_room() -> None:
+    """A client that heard of its acceptance and submits again after a crash gets the outcome, however full the disk is."""
+    w = durable_world()
+    worker, client = w.worker(), w.client()
+    run = submit(client)
+    w.commit()
+    worker.finish()
+    w.commit()
+    w.restart()
+    w.state.journal.has_room = False
+    client = again(w, run)
+    w.commit()
+    told(client, run)
 
 
 def test_a_kernel_can_be_durable_by_configuration() -> None:
@@ -250,6 +294,22 @@ def test_what_is_not_idempotent_and_had_started_is_not_run_again() -> None:
     worker.finish_all()
     w.commit()
     assert client.results(run, 2) == ["worker_lost", tag(run, 1)]
+
+
+def test_what_must_not_run_twice_leaves_when_it_is_on_disk_that_it_may_have_started() -> None:
+    w = durable_world()
+    kernel = spec(idempotent=False)
+    worker = w.worker(kernel, batches=1)
+    run = submit(w.client(), 2)
+    assert worker.leases == {}
+    w.commit()
+    assert worker.sizes() == [2]
+    w.restart()
+    worker = w.worker(kernel)
+    client = again(w, run)
+    worker.finish_all()
+    w.commit()
+    assert client.results(run, 2) == ["worker_lost"] * 2
 
 
 def test_deaths_count_through_a_restart() -> None:

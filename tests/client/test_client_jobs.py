@@ -54,6 +54,21 @@ def test_outcomes_may_come_with_the_reply():
     check_credit(rig)
 
 
+def test_outcomes_whose_reply_was_lost_are_not_acknowledged():
+    """The connection broke behind the outcomes, and they come again before the reply does: nobody has them yet."""
+    rig = Rig().attached()
+    task = stored(rig)
+    request = fetch(rig, key=b"k")
+    outcome = protocol.Outcome([(task.id, 0, 1)], error=protocol.Error(Code.FAILED, "no"))
+    rig.tell(protocol.Results(seq=1, outcomes=[outcome]))
+    assert rig.session._receipts.ack() == 0
+    body = {"id": task.id, "kernel": "hold", "rows": 1, "is_handed": True, "uses": (0, 0)}
+    rig.tell(protocol.Reply(request=request.number, body=body))
+    rig.tell(protocol.Results(seq=2, outcomes=[outcome]))
+    assert codes(request.run) == [Code.FAILED]
+    assert rig.session._receipts.ack() == 2
+
+
 def test_what_is_over_uses_no_credit():
     rig = Rig().attached()
     run, _ = rig.submit("echo", options=DURABLE)

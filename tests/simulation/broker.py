@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from simulation.world import World
 
 CONFIG = BrokerConfig(
-    heartbeat_ms=500.0, liveness_s=2.0, progress_s=4.0, session_ttl_s=4.0, worker_grace_s=2.0, window_rows=24,
+    heartbeat_ms=800.0, liveness_s=2.0, progress_s=4.0, session_ttl_s=4.0, worker_grace_s=2.0, window_rows=24,
     max_queue_rows=64, max_attempts=MAX_ATTEMPTS, dedup_window_s=5000.0,
 )  # fmt: skip
 LOOK_S = 0.5
@@ -64,6 +64,8 @@ class Broker:
         self._timeline, self._network, self._oracle = world.timeline, world.network, world.oracle
         self.disk = Disk(world.oracle)
         self.is_up = self.is_paused = False
+        self.is_doomed = False
+        """It will be killed when it has something to write the next time."""
         self.slow_disk_s = 0.0
         self._life = 0
         self._inbox: list[tuple[Connection, Frames]] = []
@@ -122,7 +124,9 @@ class Broker:
         inbox, self._inbox = self._inbox, []
         for connection, frames in inbox:
             self.receive(connection, frames)
-        self._plan_turn()
+        self._release()
+        if self.is_up:
+            self._plan_turn()
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -141,7 +145,8 @@ class Broker:
             return
         owner = self._world.principals[connection.owner]
         self._timeline.note(f"{connection.owner} -> broker", message, frames)
-        self._oracle.received(message, owner)
+        if not isinstance(message, p.WorkerFinal) or route in self.core.workers.by_route:  # else nobody looks at it
+            self._oracle.received(message, owner)
         pid = getattr(message, "pid", 0) if isinstance(message, p.WorkerHello) else 0
         self._handle(Received(side, route, owner if isinstance(message, _NAMED) else "", message, pid))
         self._plan_turn()
@@ -204,6 +209,10 @@ class Broker:
         except StorageError as e:
             self.crash(str(e), 0.1)
             return
+        if writes and self.is_doomed:
+            self.is_doomed = False
+            in_s = self._timeline.random.uniform(0.0, 0.003)
+            self._timeline.after(in_s, self.crash, "kill -9 before the disk was through", 0.1)
         if writes and not self._is_committing:
             self._commit_later()
 
@@ -222,18 +231,8 @@ class Broker:
         self._timeline.note("disk", f"{self.disk.committed} groups are safe")
         if not self.is_paused:
             self._release()
-        else:
-            self._timeline.after(0.1, self._release_later, life)
-        if self.is_up and life == self._life and self.disk.num_waiting:
+        if life == self._life and self.disk.num_waiting and self.disk.failure is None:
             self._commit_later()
-
-    def _release_later(self, life: int) -> None:
-        if life != self._life:
-            return
-        if self.is_paused:
-            self._timeline.after(0.1, self._release_later, life)
-        else:
-            self._release()
 
     def _release(self) -> None:
         try:

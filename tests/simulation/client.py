@@ -1,4 +1,4 @@
-"""A user and its clients: the real session of each, and what a program does with it.
+"""A client of a user: the real session, and what a program does with it.
 
 Knows what `client/link.py` does around a session, without sockets; and that a user whose client died asks for its durable tasks
 by key with the next one. What a user is told goes to the oracle.
@@ -12,14 +12,14 @@ from penstock.broker.protocol import Code
 from penstock.broker.state import FRONT
 from penstock.client.config import ClientConfig
 from penstock.client.questions import Request
-from penstock.client.run import CLOSED, Options, Row, Run, deadline_of
+from penstock.client.run import CLOSED, Row, Run, deadline_of
 from penstock.client.session import Session
 from simulation.network import Frames, Socket
 from simulation.oracle import Violation
 from simulation.tasks import Task
 
 if TYPE_CHECKING:
-    from simulation.world import World
+    from simulation.user import User
 
 CONFIG = ClientConfig(name="user", shared_bytes=0, max_retries=10)
 ASK_AGAIN_S = 0.7
@@ -36,6 +36,7 @@ class Client:
         self.session = Session(CONFIG, user.name, world.timeline.random.randbytes)
         self._inbox: deque[Frames] = deque()
         self._is_awake = False
+        self._num_turns = 0
         self._due = float("inf")
         self._rows: dict[Run, list[tuple[Task, int] | None]] = {}
         self._seen: dict[Run, list[Any]] = {}
@@ -144,16 +145,22 @@ class Client:
 
     def _look(self) -> None:
         """Tell what is new, and see that nothing has changed that was told."""
-        try:
-            self.session.check()
-        except AssertionError as e:
-            raise Violation("client", str(e) or repr(e)) from e
+        self._num_turns += 1
+        if self._num_turns % self._user.world.check_every == 0:
+            self.check()
         for request, task in [pair for pair in self._asked if pair[0].is_done]:
             self._asked.remove((request, task))
             self._on_fetched(request, task)
         changed, self._changed = self._changed, []
         for run in changed:
             self._tell(run)
+
+    def check(self) -> None:
+        """Everything inside must fit together."""
+        try:
+            self.session.check()
+        except AssertionError as e:
+            raise Violation("client", str(e) or repr(e)) from e
 
     def _tell(self, run: Run) -> None:
         seen, rows = self._seen[run], self._rows[run]
@@ -200,50 +207,3 @@ class Client:
         self.is_over = True
         self._timeline.note(self.name, "says goodbye" if is_gentle else "dies")
         self._socket.close(is_gentle)
-
-
-class User:
-    """Somebody with a principal of its own, tasks, and one client or two."""
-
-    def __init__(self, world: "World", name: str) -> None:
-        self.world, self.name = world, name
-        self.tasks: list[Task] = []
-        self.clients: dict[str, Client] = {}
-        self._num_clients = 0
-
-    def connect(self) -> Client:
-        self._num_clients += 1
-        name = f"{self.name}.{self._num_clients}"
-        self.world.principals[name] = self.name
-        client = self.clients[name] = Client(self, name)
-        self.world.timeline.note(name, "starts")
-        return client
-
-    @property
-    def is_content(self) -> bool:
-        """All tasks are over, or given up."""
-        return all(task.is_over or task.is_given_up for task in self.tasks)
-
-    def lose(self, client: Client, is_gentle: bool, away_s: float) -> None:
-        """A client ends; what was durable is asked for by the next one, or again by the other one."""
-        del self.clients[client.name]
-        left = list(client.tasks)
-        client.end(is_gentle)
-        for task in sorted(left, key=lambda task: task.number):
-            others = any(task in other.tasks for other in self.clients.values())
-            task.is_spoiled = True  # what is not durable ends with its client
-            if not task.options.is_durable and not others:
-                task.is_given_up = True
-        self.world.timeline.after(away_s, self._replace)
-
-    def _replace(self) -> None:
-        if not self.clients:
-            self.connect()
-        client = next(iter(self.clients.values()))
-        for task in self.tasks:
-            is_open = not task.is_over and not task.is_given_up
-            if is_open and not any(task in other.tasks for other in self.clients.values()):
-                client.fetch(task, is_taken=self.world.timeline.random.random() < 0.3)
-
-    def options(self, number: int, is_durable: bool, timeout: float | None) -> Options:
-        return Options(timeout=timeout, is_durable=is_durable, key=b"task-%d" % number)

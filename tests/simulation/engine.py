@@ -85,8 +85,15 @@ class Engine:
     def run(self, assign: Assign, received_at: float) -> tuple[list[Answer], Clock, Any]:
         """What `Runner.run` gives, at the end of the batch that began before."""
         run, self.current = self.current, None
-        assert run is not None and run.assign is assign
+        assert run is not None
+        assert run.assign is assign
         return self.end(run)
+
+    def running(self) -> list[Run]:
+        """The batches that the device is at."""
+        if self.flights is not None:
+            return list(self.flights._flying)
+        return [] if self.current is None else [self.current]
 
     def end(self, run: Run) -> tuple[list[Answer], Clock, Any]:
         """The answers of a batch; and the fault after which the process must end, if there was one."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from penstock.broker.storage.records import StorageError
 from simulation.client import Client
 from simulation.network import DOWN, UP
-from simulation.worker import Supervisor
+from simulation.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from simulation.world import World
@@ -33,7 +33,10 @@ def _peer(world: "World") -> str:
 
 def broker_crash(world: "World") -> None:
     """The broker is killed; what its disk had not made safe is lost, all but a beginning of it perhaps."""
-    world.broker.crash("kill -9", world.timeline.random.choice((0.01, 0.1, 0.5, 2.0, 5.0)))
+    if world.timeline.random.random() < 0.5:
+        world.broker.is_doomed = True
+    else:
+        world.broker.crash("kill -9", world.timeline.random.choice((0.01, 0.1, 0.5, 2.0, 5.0)))
 
 
 def broker_pause(world: "World") -> None:

@@ -7,8 +7,10 @@ inner state of anybody. Whatever is not as promised is a `Violation` that names 
 from collections import defaultdict
 from typing import Any
 
+import msgpack
+
 from penstock.broker import protocol as p
-from penstock.broker.kept import ACKED, OUTCOME, TAKEN
+from penstock.broker.kept import ACKED, DIED, OUTCOME, TAKEN
 from penstock.broker.protocol import Code
 from penstock.broker.storage.records import Put
 from penstock.broker.wire import decode
@@ -72,7 +74,8 @@ class Oracle:
                 raise Violation("never submitted", f"a kernel was given {row!r}")
             self._starts[row] += 1
             if task.kernel == ONCE and self._starts[row] > 1 and not task.is_spoiled:
-                raise Violation("run again", f"{shown_row(row)} of a kernel that is not idempotent was started {self._starts[row]} times")
+                text = f"{shown_row(row)} of a kernel that is not idempotent was started {self._starts[row]} times"
+                raise Violation("run again", text)
         self.counts["started"] += len(rows)
 
     def answered(self, row: bytes, what: str) -> None:
@@ -116,6 +119,8 @@ class Oracle:
 
     def decided(self, message: Any) -> None:
         """What the core asks to be sent."""
+        if isinstance(message, p.Results):
+            self._note_own_ends(message)
         if not isinstance(message, p.Assign):
             return
         rows = [bytes(block.row(0, i)) for block in message.blocks for i in range(block.num_rows)]
@@ -131,6 +136,13 @@ class Oracle:
         self._assigned.update(rows)
         if len(rows) == 1:
             self._alone[rows[0]].add(message.lease)
+
+    def _note_own_ends(self, results: p.Results) -> None:
+        """Who cancels, or runs out of time, gives up its own submission: one that came later with its key then starts anew."""
+        for outcome in results.outcomes:
+            if outcome.error is not None and outcome.error.code in _OWN:
+                for task in (self.tasks[self._names[run_id]] for run_id, _, _ in outcome.spans if run_id in self._names):
+                    task.is_spoiled = task.is_spoiled or task.is_twin
 
     def sent(self, message: Any, principal: str) -> None:
         """What leaves the broker for a client of this principal."""
@@ -172,7 +184,9 @@ class Oracle:
             self._numbers[put.task] = name
             self._safe[name] = set()
             return
-        name = self._numbers[put.task]
+        name = self._numbers.get(put.task)
+        if name is None:
+            raise Violation("lost", f"a record of task {put.task}, which is not in the journal")
         if put.kind == OUTCOME:
             results = decode(p.TO_CLIENT, put.frames)
             for outcome in results.outcomes:
@@ -180,6 +194,11 @@ class Oracle:
                     if not self._safe[name].isdisjoint(range(start, stop)):
                         raise Violation("recorded twice", f"rows {start} to {stop} of {self.tasks[name].name}")
                     self._safe[name].update(range(start, stop))
+        elif put.kind == DIED:
+            start, _, count, *_ = msgpack.unpackb(bytes(put.frames[0]))
+            row = self.tasks[name].rows[start]
+            if count > (num_lost := len(self._alone[row])):
+                raise Violation("blamed", f"{shown_row(row)}: {count} deaths, and {num_lost} leases alone were lost")
         elif put.kind == ACKED and not self.tasks[name].is_over:
             raise Violation("acknowledged unseen", self.tasks[name].name)
 

@@ -84,4 +84,6 @@ def _value(value: Any) -> str:
         return f"{spans} {'done' if value.error is None else value.error.code + ': ' + value.error.message}"
     if hasattr(value, "num_rows"):
         return f"{value.num_rows} rows"
+    if hasattr(value, "block"):
+        return f"[{value.start}:{value.stop}] {'done' if value.error is None else value.error.code}"
     return str(value)

@@ -1,4 +1,4 @@
-"""A worker's process: the real session, link, work and heartbeats on a simulated device, and its supervisor.
+"""A worker's process: the real session, link, work and heartbeats on a simulated device.
 
 Knows what `loop.py` and `heartbeat.py` do in a turn, without sockets and threads, and how processes end. While a kernel runs
 on a device without slots, the process takes in nothing.
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.state import BACK
 from penstock.worker.config import DEVICE_FAULT_STATUS
-from penstock.worker.link import Link
+from penstock.worker.link import MAX_WINDOW, Final, Link
 from penstock.worker.pulse import Pulse
 from penstock.worker.session import Refused, Session
 from penstock.worker.work import Work
@@ -19,12 +19,10 @@ from simulation.network import Frames, Socket
 from simulation.oracle import Violation
 
 if TYPE_CHECKING:
-    from simulation.world import World
+    from simulation.supervisor import Supervisor
 
 MAX_BYTES = 4096
 HANG_LIMIT_S = 1.5
-MAX_HELD = 8
-"""Batches held: a window of four and the slots."""
 
 
 class Worker:
@@ -129,11 +127,23 @@ class Worker:
             return
         if self.is_over:
             return
-        if sum(not held.is_stream for held in self.link.held.values()) > MAX_HELD:
-            raise Violation("credit", f"{self.name} holds {len(self.link.held)} leases")
+        self._check()
         dues = [due for due in self.session.dues() if due > now]
         if dues:
             self._timeline.at(min(dues) + 0.001, self.wake)
+
+    def _check(self) -> None:
+        """What is held is within the credit, and waits, runs or is on its way out; nothing else does."""
+        held, work = self.link.held.keys(), self.session.work
+        if len(held) > 2 * (MAX_WINDOW + self.link.credit.num_slots - 1):  # twice: two hellos may have crossed
+            raise Violation("credit", f"{self.name} holds {len(held)} leases")
+        if work is None:
+            return
+        waiting = {assign.lease for assign, _ in work._waiting}
+        running = {run.assign.lease for run in self.engine.running()}
+        leaving = {item.lease for item in self.session.outbox if isinstance(item, Final)}
+        if not waiting <= held or not held <= waiting | running | leaving:
+            raise Violation("worker", f"{self.name} holds {sorted(held)}; {waiting=}, {running=}, {leaving=}")
 
     def _act(self, now: float) -> None:
         """One turn of the data loop."""
@@ -172,6 +182,8 @@ class Worker:
 
     def _on_begin(self, run: Run) -> None:
         """A batch is on the device: it will be through, or be the end of this process."""
+        if run.assign.lease >> 32 != self.link.epoch:
+            raise Violation("old lease", f"{self.name} begins with one of a broker that is gone")
         if run.kills:
             self._timeline.at(run.began_at + 0.5 * run.took_s, self.end, "killed by a row", 139)
         elif run.hangs:
@@ -217,60 +229,3 @@ class Worker:
         if self._side is not None:
             self._side.close()
         self._supervisor.ended(self, status, why, last)
-
-
-class Supervisor:
-    """Starts a worker's process again when it has ended.
-
-    Args:
-        tells: the kernel tells the broker of the process's end.
-    """
-
-    def __init__(self, world: "World", name: str, num_slots: int, tells: bool) -> None:
-        random = world.timeline.random
-        self.world, self.name = world, name
-        self.num_slots, self.tells = num_slots, tells
-        self.max_batch_size = 8
-        self.load_s = random.uniform(0.0, 0.3)
-        self.is_stopping = False
-        self.worker: Worker | None = None
-        self._start("")
-
-    def _start(self, fault: str) -> None:
-        self.is_stopping = False
-        self.worker = Worker(self, self.world.next_pid(), fault)
-        self.world.timeline.note(self.name, f"process {self.worker.pid} starts")
-
-    def ended(self, worker: Worker, status: int, why: str, last: float) -> None:
-        self.worker = None
-        if self.tells:  # what a process sent before its end has come first
-            self.world.timeline.at(last + 0.005, self.world.broker.process_ended, worker.pid)
-        self.world.timeline.after(self.world.timeline.random.uniform(0.01, 0.4), self._start, why if status else "")
-
-    def kill(self) -> None:
-        if self.worker is not None:
-            self.worker.end("kill -9", 137)
-
-    def quit(self) -> None:
-        """A second signal: it ends at once, out of a kernel, and says goodbye."""
-        if self.worker is not None:
-            self.worker.close("interrupted", is_fault=False, status=130)
-
-    def drain(self) -> None:
-        if self.worker is not None and self.worker.session.work is not None:
-            self.is_stopping = True
-            self.worker.wake()
-
-    def pause(self, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT later."""
-        worker = self.worker
-        if worker is not None and not worker.is_paused:
-            worker.is_paused = True
-            self.world.timeline.note(self.name, f"stands still for {seconds:.2f} s")
-            self.world.timeline.after(seconds, self._resume, worker)
-
-    def _resume(self, worker: Worker) -> None:
-        worker.is_paused = False
-        if not worker.is_over:
-            self.world.timeline.note(self.name, "goes on")
-            worker.wake()

@@ -5,20 +5,23 @@ Knows the order of a run. The promises are the oracle's business, the faults are
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from simulation.broker import Broker
-from simulation.client import Client, User
+from simulation.client import Client
 from simulation.faults import FAULTS, KINDS
 from simulation.network import Network
 from simulation.oracle import Oracle, Violation
+from simulation.supervisor import Supervisor
 from simulation.tasks import BREAKS, HANGS, KILLS, OK, ONCE, RAISES, SHARED, SIZES, Task, payload
 from simulation.timeline import START, Timeline
-from simulation.worker import Supervisor
+from simulation.user import User
 
-CHAOS_S = 5.0
+CHAOS_S = 4.0
 HEAL_S = 100.0
 """Everything that is open must end within this time once nothing goes wrong any more."""
-FORGETFUL = FAULTS.keys() - {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "delays", "slow_disk"}
+_HARMLESS = {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "slow_disk"}
+FORGETFUL = FAULTS.keys() - _HARMLESS
 """Where one of these strikes, a client may have what the broker does not know it to have."""
 MAX_EVENTS = 60_000
 LOOK_EVERY = 20
@@ -49,6 +52,8 @@ class World:
         self.seed = seed
         self.timeline = timeline = Timeline(seed)
         random = timeline.random
+        self._times = {kind: Random(random.getrandbits(64)) for kind in FAULTS}
+        """Of their own, so that the others strike at the same times when one is left out."""
         drawn = [kind for kind in KINDS if random.random() < 0.35]
         self.kinds = tuple(kind for kind in drawn if kind not in without)
         self._chaos_until = START + chaos_s
@@ -60,7 +65,6 @@ class World:
         self.network.broker = self.broker = Broker(self)
         self.users: list[User] = []
         self.supervisors: list[Supervisor] = []
-        self._is_faulty = True
 
     def next_pid(self) -> int:
         self._num_pids += 1
@@ -137,7 +141,7 @@ class World:
     # --- what goes wrong -------------------------------------------------------------------------------------------
 
     def _strike_later(self, kind: str) -> None:
-        self.timeline.after(self.timeline.random.expovariate(0.6), self._strike, kind)
+        self.timeline.after(self._times[kind].expovariate(0.6), self._strike, kind)
 
     def _strike(self, kind: str) -> None:
         if self.timeline.now < self._chaos_until:
@@ -185,13 +189,13 @@ class World:
 
     def _open_tasks(self) -> str:
         tasks = [task for user in self.users for task in user.tasks if not task.is_over and not task.is_given_up]
-        return ", ".join(f"{task.name} {task.kernel} rows {sorted(set(range(len(task.rows))) - set(task.told))}" for task in tasks[:5])
+        return ", ".join(f"{t.name} {t.kernel} rows {sorted(set(range(len(t.rows))) - set(t.told))}" for t in tasks[:5])
 
     def _heal(self) -> None:
         """Nothing goes wrong from now on; what stands still or is cut off goes on when its time has come."""
         self.timeline.note("fault", "none from now on")
-        self.kinds_over = True
         self.network.full.clear()
+        self.broker.is_doomed = False
         for connection in self.network.routes.values():
             connection.slowness = 0.0
 
@@ -202,6 +206,9 @@ class World:
             if self.timeline.now > limit:
                 raise Violation("left over", left)
         self.broker.check()
+        for user in self.users:
+            for client in user.clients.values():
+                client.check()
 
     def _left_over(self) -> str:
         broker = self.broker
@@ -211,7 +218,7 @@ class World:
         left = {
             "open rows": state.ledger.num_open, "leases": len(state.ledger.leases), "held messages": broker.num_held,
             "writes": len(journal.writes), "waiting writes": broker.disk.num_waiting,
-            "unacknowledged": sum(len(s.outbox) + len(s.finished) for s in broker.core.clients.sessions() if s.route is not None),
+            "unacknowledged": sum(len(s.outbox) + len(s.finished) for s in broker.core.clients.sessions() if s.route),
             "kept": 0 if FORGETFUL & set(self.kinds) else len(journal._kept),
             "held leases": sum(len(s.worker.link.held) for s in self.supervisors if s.worker is not None),
             "busy clients": sum(c.session.is_busy for u in self.users for c in u.clients.values()),

@@ -1,0 +1,17 @@
+"""Seeds that once broke a promise. They are run for good: a test replays each of them.
+
+What a seed does changes with the simulation, so `kept` names what it was that failed, not what it does today; the product's own
+tests hold each of these by itself.
+"""
+
+KEPT = (
+    (2, "a worker that left politely, interrupted twice: a row that must not run twice ran again"),
+    (6, "a second submission with the key heard of the outcome before it was on disk"),
+    (54, "the same, of a row that ended as worker_lost"),
+    (80, "a second submission with the key of a task that waits for its kernel was refused as unknown_kernel"),
+    (373, "the last row of a batch whose others had ended was blamed as if it had run alone"),
+    (459, "a task came back to its client past the client's window: the invariant was wrong"),
+    (599, "outcomes of a fetch whose reply was lost were acknowledged before anybody had them"),
+    (634, "the record of an attempt was lost in a crash of the broker: a row that must not run twice ran again"),
+)
+"""(seed, why)."""
