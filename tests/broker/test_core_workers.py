@@ -128,15 +128,25 @@ def test_a_row_whose_batch_mates_were_answered_was_alone() -> None:
     assert client.results(run, 2) == ["dead", tag(run, 1)]
 
 
-def test_who_leaves_politely_may_have_begun_as_well() -> None:
-    """Interrupted twice, a worker says goodbye out of a running kernel."""
+def test_who_says_goodbye_has_answered_what_had_begun() -> None:
+    """What it still holds is given to another, also if it may run only once."""
     w = World()
     client, worker = w.client(), w.worker(spec(idempotent=False), batches=1)
-    run, waiting = client.submit(), client.submit()
+    run = client.submit()
     worker.send(p.Goodbye(reason="interrupted"))
-    assert client.results(run) == ["worker_lost"]
     w.worker(spec(idempotent=False)).finish_all()
+    assert client.row(run).error is None
+
+
+def test_who_is_expelled_may_have_begun() -> None:
+    w = World()
+    client, worker = w.client(), w.worker(spec(idempotent=False), batches=1, principal="worker:one")
+    run, waiting = client.submit(), client.submit()
+    w.core.workers.expel(["worker:one"], w.now)
+    w.worker(spec(idempotent=False)).finish_all()
+    assert client.results(run) == ["worker_lost"]
     assert client.row(waiting).error is None, "it had not started"
+    assert worker.take(p.Fault)
 
 
 def test_a_kernel_that_is_not_idempotent_is_not_run_again() -> None:

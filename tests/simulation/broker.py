@@ -44,7 +44,7 @@ class Disk(MemoryStore):
         if isinstance(write, Put):
             self._oracle.put(unpack(self._safe[-1]))
         elif isinstance(write, Erase):
-            self._oracle.erased(write.task)
+            self._oracle.erased(write.task, write.kinds)
 
     def after_crash(self, num_kept: int) -> "Disk":
         """What a restart finds; the first of the groups that were not safe yet may be there."""
@@ -83,7 +83,7 @@ class Broker:
             config.dedup_window_s, config.dedup_bytes, config.result_ttl_s, config.max_kept_bytes, self._oracle.wall_offset
         )
         self.core = Core(config, self._timeline.random.getrandbits(31), now, journal=journal, pid=1)
-        self._promises = Promises(self.disk, self._send)
+        self._promises = Promises(self.disk, self._send, self._lose)
         num_open = self.core.restore(self.disk.load(), now)
         self._is_turn_planned = self._is_committing = False
         self._due, self._looked_at = float("inf"), now
@@ -255,4 +255,7 @@ class Broker:
         try:
             self._network.send(action.side, action.route, frames)
         except Unroutable:
-            self._handle(PeerLost(action.side, action.route))
+            self._lose(action)
+
+    def _lose(self, action: Send) -> None:
+        self._handle(PeerLost(action.side, action.route))

@@ -62,7 +62,8 @@ class Engine:
         self._timeline, self._oracle = timeline, oracle
         self.facts: Mapping[str, Any] = {"device": "simulated"}
         self.specs = [spec(name, max_batch_size) for name in (SHARED, ONCE)]
-        self.runner = SimpleNamespace(resident={}, run=self.run)
+        plans = {name: SimpleNamespace(is_idempotent=name != ONCE) for name in (SHARED, ONCE)}
+        self.runner = SimpleNamespace(resident={}, run=self.run, plans=plans)
         self.streams = NoStreams()
         self.pins = SimpleNamespace(unpin=lambda segments: None)
         self.flights = Flights(self, num_slots) if num_slots else None

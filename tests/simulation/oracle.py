@@ -5,12 +5,13 @@ inner state of anybody. Whatever is not as promised is a `Violation` that names 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
 
 from penstock.broker import protocol as p
-from penstock.broker.kept import ACKED, DIED, OUTCOME, TAKEN
+from penstock.broker.kept import DIED, KNOWN, OF_REQUEST, OUTCOME, TAKEN
 from penstock.broker.protocol import Code
 from penstock.broker.storage.records import Put
 from penstock.broker.wire import decode
@@ -188,7 +189,7 @@ class Oracle:
         if name is None:
             raise Violation("lost", f"a record of task {put.task}, which is not in the journal")
         if put.kind == OUTCOME:
-            results = decode(p.TO_CLIENT, put.frames)
+            results = decode(p.TO_CLIENT, put.frames[1:])
             for outcome in results.outcomes:
                 for _, start, stop in outcome.spans:
                     if not self._safe[name].isdisjoint(range(start, stop)):
@@ -199,11 +200,13 @@ class Oracle:
             row = self.tasks[name].rows[start]
             if count > (num_lost := len(self._alone[row])):
                 raise Violation("blamed", f"{shown_row(row)}: {count} deaths, and {num_lost} leases alone were lost")
-        elif put.kind == ACKED and not self.tasks[name].is_over:
+        elif put.kind == KNOWN and not self.tasks[name].is_over:
             raise Violation("acknowledged unseen", self.tasks[name].name)
 
-    def erased(self, number: int) -> None:
-        """The records of a task are gone."""
+    def erased(self, number: int, kinds: Sequence[int]) -> None:
+        """Records of a task are gone: those of what was asked, when it is over and acknowledged, and no others."""
+        if kinds and set(kinds) <= set(OF_REQUEST) and self.tasks[self._numbers[number]].is_over:
+            return
         raise Violation("erased", f"{self.tasks[self._numbers[number]].name} within its window")
 
     # --- what users are told ---------------------------------------------------------------------------------------

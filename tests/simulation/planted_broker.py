@@ -7,7 +7,9 @@ from penstock.broker import protocol as p
 from penstock.broker.clients import Clients
 from penstock.broker.core import Core
 from penstock.broker.durable import DurableJournal
+from penstock.broker.leases import Leases
 from penstock.broker.ledger import Ledger
+from penstock.broker.outcomes import Outcomes
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import ClientSession, WorkerSession
 from penstock.broker.settlement import Settlement
@@ -55,7 +57,7 @@ def cancels_durable_tasks_with_their_client() -> None:
 @bug("broker")
 def never_expires() -> None:
     """Time limits are not looked at."""
-    disable(Clients, "expire")
+    disable(Outcomes, "expire")
 
 
 @bug("broker")
@@ -69,13 +71,16 @@ def tells_somebody_else() -> None:
     """Now and then an outcome goes to another session."""
 
     def make(deliver: Any) -> Any:
-        def astray(self: Clients, session: ClientSession, *args: Any) -> None:
-            others = [s for s in self.sessions() if s.route is not None]
+        seen = dict[ClientSession, None]()
+
+        def astray(self: Outcomes, session: ClientSession, *args: Any) -> None:
+            seen[session] = None
+            others = [s for s in seen if s.route is not None]
             deliver(self, others[-1] if others and session.last_seq % 7 == 6 else session, *args)
 
         return astray
 
-    change(Clients, "_deliver", make)
+    change(Outcomes, "deliver", make)
 
 
 @bug("broker")
@@ -94,10 +99,10 @@ def cancels_leave_rows_in_the_queue() -> None:
 def takes_any_answer_for_its_lease() -> None:
     """Workers go on with leases of an old broker, and an answer under such a one counts for whatever they hold now."""
 
-    def find(self: Workers, worker: WorkerSession, token: int) -> Lease | None:
+    def find(self: Leases, worker: WorkerSession, token: int) -> Lease | None:
         return worker.leases.get(token) or next(iter(worker.leases.values()), None)
 
-    Workers._find = find  # type: ignore[method-assign]
+    Leases._find = find  # type: ignore[method-assign]
     resumes_workers_it_does_not_know()
 
 
@@ -144,14 +149,14 @@ def blames_the_whole_batch() -> None:
     """All that a lost worker held is dead."""
 
     def make(recover: Any) -> Any:
-        def blame(self: Workers, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
+        def blame(self: Leases, lease: Lease, reason: str, now: float, is_suspect: bool, *others: Any) -> None:
             if is_suspect and lease.queue.spec.is_idempotent:
                 self._end([q for q in lease.pieces if q.state == LEASED], DEAD, p.Error(p.Code.DEAD, reason), now)
-            recover(self, lease, reason, now, is_suspect, is_alone)
+            recover(self, lease, reason, now, is_suspect, *others)
 
         return blame
 
-    change(Workers, "_recover", make)
+    change(Leases, "recover", make)
 
 
 @bug("broker")
@@ -173,9 +178,9 @@ def runs_again_after_a_goodbye() -> None:
     """What a worker held when it left politely goes to another one, whatever its kernel."""
 
     def make(recover: Any) -> Any:
-        def again(self: Workers, lease: Lease, reason: str, now: float, is_suspect: bool, is_alone: bool = False) -> None:
+        def again(self: Leases, lease: Lease, reason: str, now: float, is_suspect: bool, *others: Any) -> None:
             if is_suspect:
-                recover(self, lease, reason, now, is_suspect, is_alone)
+                recover(self, lease, reason, now, is_suspect, *others)
                 return
             pieces = [q for q in lease.pieces if q.state == LEASED]
             self.state.ledger.close(lease)
@@ -185,7 +190,7 @@ def runs_again_after_a_goodbye() -> None:
 
         return again
 
-    change(Workers, "_recover", make)
+    change(Leases, "recover", make)
 
 
 @bug("broker")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from penstock.broker import durable
 from penstock.broker.core import Core
 from penstock.broker.durable import DurableJournal
 from penstock.broker.journal import Journal
@@ -30,10 +29,10 @@ def releases_one_group_early() -> None:
     """A held message leaves when the group of writes before its own is safe."""
 
     def release(self: Promises) -> None:
-        for address, queue in list(self._held.items()):
-            while queue and queue[0][0] <= self._store.committed + 1:  # type: ignore[union-attr]
-                self._send(queue.popleft()[1])
-            if not queue:
+        for address, held in list(self._held.items()):
+            while held.queue and held.queue[0][0] <= self._store.committed + 1:  # type: ignore[union-attr]
+                self._send(held.take())
+            if not held.queue and self._held.get(address) is held:
                 del self._held[address]
 
     Promises.release = release  # type: ignore[method-assign]
@@ -45,9 +44,9 @@ def forgets_what_it_held() -> None:
 
     def make(release: Any) -> Any:
         def forgetful(self: Promises) -> None:
-            for queue in self._held.values():
-                while len(queue) > 1:
-                    queue.pop()
+            for held in self._held.values():
+                while len(held.queue) > 1:
+                    held.queue.pop()
             release(self)
 
         return forgetful
@@ -60,7 +59,9 @@ def assigns_before_the_record() -> None:
     """A row that must not run twice leaves for a worker before it is on disk that it may have started."""
 
     def make(send: Any) -> Any:
-        return lambda self, side, route, m, is_promise=False: send(self, side, route, m, is_promise and side != BACK)
+        return lambda self, side, route, m, *, is_promise=False: send(
+            self, side, route, m, is_promise=is_promise and side != BACK
+        )
 
     change(BrokerState, "send", make)
 
@@ -91,10 +92,10 @@ def records_outcomes_twice() -> None:
     """Each outcome is written two times."""
 
     def make(record: Any) -> Any:
-        def twice(self: DurableJournal, run: Any, outcomes: Any) -> None:
-            record(self, run, outcomes)
-            if run.number:
-                self.writes += [durable.outcome_of(run.number, outcome) for outcome in outcomes]
+        def twice(self: DurableJournal, run: Any, outcomes: Any, now: float) -> None:
+            num_before = len(self.writes)
+            record(self, run, outcomes, now)
+            self.writes += self.writes[num_before:]
 
         return twice
 
@@ -118,11 +119,11 @@ def acknowledges_all_of_a_principal() -> None:
     """An acknowledgement forgets every outcome of its user's."""
 
     def make(acknowledged: Any) -> Any:
-        def greedy(self: DurableJournal, principal: str, run_id: bytes, now: float) -> None:
-            acknowledged(self, principal, run_id, now)
-            for (owner, name), key in list(self._keys.items()):
-                if owner == principal and key in self._kept:
-                    acknowledged(self, principal, name, now)
+        def greedy(self: DurableJournal, entry: Any, now: float) -> None:
+            acknowledged(self, entry, now)
+            for (owner, _), other in list(self._kept.items()):
+                if owner == entry.key[0]:
+                    acknowledged(self, other, now)
 
         return greedy
 
@@ -136,7 +137,7 @@ def finds_the_keys_of_others() -> None:
     def make(find: Any) -> Any:
         def find_any(self: DurableJournal, principal: str, key: bytes, now: float) -> Any:
             found = find(self, principal, key, now)
-            return found or next((e for (_, k), e in [*self._open.items(), *self._kept.items()] if k == key), None)
+            return found or next((e for (_, k), e in self._entries.items() if k == key), None)
 
         return find_any
 
@@ -184,7 +185,7 @@ def forgets_the_key_of_what_is_open() -> None:
     def make(reopen: Any) -> Any:
         def forgetful(self: DurableJournal, kept: Any, run: Any) -> None:
             reopen(self, kept, run)
-            self._open.pop((kept.principal, kept.key), None)
+            self._entries.pop((kept.principal, kept.key), None)
 
         return forgetful
 

@@ -37,12 +37,13 @@ class Worker:
         self._inbox: deque[Frames] = deque()
         self._beat_at = 0.0
         self.pulse = Pulse(secret := world.timeline.random.randbytes(16))
-        self.link = Link(self.name, "simulated", MAX_BYTES, secret, pid)
+        self.link = Link(self.name, "simulated", MAX_BYTES, secret, pid=pid)
         if fault:
             self.link.credit.begin_slowly()
         memory = PeerMemory(0)
-        self.session = Session(self.link, memory, "simulated", self._send, self, fault)
-        self._data = Socket(world.network, BACK, self.name, self._on_frames, self.wake)
+        self.session = Session(self.link, memory, self._send, self, fault, world.timeline.random.random)
+        self._network = world.network
+        self._connect()
         self._side: Socket | None = None
         self.engine = Engine(world.timeline, world.oracle, supervisor.num_slots, supervisor.max_batch_size)
         self.engine.on_begin = self._on_begin
@@ -59,6 +60,16 @@ class Worker:
             self.wake()
 
     # --- sockets ---------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._data = Socket(self._network, BACK, self.name, self._on_frames, self.wake)
+        self.session.connected("simulated", self._timeline.now)
+
+    def _seek(self) -> None:
+        """No broker answers here: a new connection."""
+        self.session.seek()
+        self._data.close(False)
+        self._connect()
 
     def _send(self, frames: Frames) -> bool:
         return self._data.send(frames)
@@ -150,16 +161,19 @@ class Worker:
         session = self.session
         if self.pulse.is_lost:
             self.pulse.is_lost = False
-            session.lose("it does not answer heartbeats")
+            session.lose("it does not answer heartbeats", now)
+            self._data.close(False)
+            self._connect()
         if self._supervisor.is_stopping and not session.is_draining:
             session.drain(now)
-        session.tick(now)
         if self._data.has_broken:
             self._data.has_broken = False
-            session.lose("the connection is closed")
+            session.lose("the connection is closed", now)
         while self._inbox:
             session.receive(self._inbox.popleft(), now)
         session.get_ready()
+        if session.must_seek(now):
+            self._seek()
         if session.is_sending and self._data.can_send:
             session.send_some(now)
         if session.work is not None:
@@ -201,7 +215,7 @@ class Worker:
         self._kernel_ends_at = None
         if self._data.has_broken:  # the loop looks at its connection before it sends
             self._data.has_broken = False
-            self.session.lose("the connection is closed")
+            self.session.lose("the connection is closed", self._timeline.now)
         work = self.session.work
         assert work is not None
         work.run_batch()
@@ -216,6 +230,8 @@ class Worker:
 
     def close(self, reason: str, is_fault: bool, status: int = 0) -> None:
         """Say goodbye, and end."""
+        if self._kernel_ends_at is not None and self.session.work is not None:
+            self.session.work._waiting.popleft()  # it had begun
         self.session.close(reason, is_fault)
         self.end(reason, status, is_gentle=True)
 
