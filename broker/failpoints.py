@@ -44,7 +44,8 @@ _STAGES: Final = {
 SITES: Final = tuple(f"{stage}.{what}" for stage, names in _STAGES.items() for what in names.split())
 FALLIBLE: Final = tuple(s for s in SITES if s.startswith(("broker.committing.", "broker.payload.", "broker.backup.")))
 """Where an `error` may be: what comes next may fail there."""
-_KINDS: Final = {1: "taken", 2: "started", 3: "died", 4: "outcome", 5: "acked"}
+_KINDS: Final = {0: "erase", 1: "taken", 2: "started", 3: "died", 5: "acked", 7: "outcome", 8: "acked"}
+"""Of records, see `kept.py`; others have no sites."""
 
 
 class BadFailpoint(ValueError):
@@ -137,7 +138,8 @@ def hit_message(stage: str, message: object) -> None:
 def hit_records(stage: str, kinds: Iterable[int]) -> None:
     """This stage was reached with records of these kinds (`kept.py`; 0: an erasure)."""
     for kind in sorted(set(kinds)):
-        hit(f"{stage}.{_KINDS.get(kind, 'erase')}")
+        if kind in _KINDS:
+            hit(f"{stage}.{_KINDS[kind]}")
 
 
 def armed() -> str:

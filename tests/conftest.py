@@ -16,7 +16,14 @@ from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).resolve().parent
 _HIDDEN = {TESTS, TESTS.parent}
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in _HIDDEN]
+
+
+def pytest_collectreport() -> None:
+    """A test module of a package puts the folder above that package onto the path: here it does not stay there."""
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in _HIDDEN]
+
+
+pytest_collectreport()
 
 os.environ["PYTHONSAFEPATH"] = "1"  # the same for child processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from local folders: no test reaches the network

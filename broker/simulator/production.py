@@ -33,7 +33,8 @@ def broker_config() -> BrokerConfig:
     """Of the broker's own limits only those of [scheduling] are left."""
     return BrokerConfig(
         max_queue_rows=NO_LIMIT, max_queue_bytes=NO_LIMIT, window_rows=NO_LIMIT, window_bytes=NO_LIMIT,
-        max_result_bytes=NO_LIMIT, heartbeat_ms=SWEEP_MS, liveness_s=NEVER_S, progress_s=NEVER_S, session_ttl_s=NEVER_S,
+        max_result_bytes=NO_LIMIT, heartbeat_ms=SWEEP_MS, liveness_s=NEVER_S, client_liveness_s=NEVER_S,
+        progress_s=NEVER_S, session_ttl_s=NEVER_S,
         max_clients=NO_LIMIT, max_workers=NO_LIMIT,
     )  # fmt: skip
 

@@ -14,3 +14,9 @@ def owned(data: list[bytes], num_copies: int = 1, pause_ms: float = 0.0) -> torc
     time.sleep(pause_ms / 1e3)
     digests = [bytearray(hashlib.sha256(item).digest() * num_copies) for item in data]
     return torch.stack([torch.frombuffer(item, dtype=torch.uint8) for item in digests])
+
+
+@kernel("owned_once", inputs={"data": Blob("bytes")}, idempotent=False)
+def owned_once(data: list[bytes]) -> torch.Tensor:
+    """The same, of what must not run twice."""
+    return owned(data)

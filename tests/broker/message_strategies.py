@@ -84,7 +84,7 @@ _PAIRS = st.lists(COUNTS, min_size=2, max_size=2)
 _IDS = st.binary(min_size=16, max_size=16)
 _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "answers": st.lists(answers(), max_size=3), "attempt": COUNTS, "block": blocks(), "blocks": st.lists(blocks(), max_size=3),
-    "checkpoint": st.none() | blocks(),
+    "checkpoint": st.none() | blocks(), "ended": st.binary(max_size=16),
     "body": MAPS, "credit": _PAIRS, "device": MAPS, "digest": st.binary(max_size=32), "error": ERRORS, "id": _IDS,
     "is_again": st.booleans(), "is_durable": st.booleans(), "is_fault": st.booleans(), "is_resumed": st.booleans(),
     "key": st.none() | st.binary(min_size=1, max_size=128),

@@ -62,7 +62,7 @@ def test_outcomes_whose_reply_was_lost_are_not_acknowledged():
     outcome = protocol.Outcome([(task.id, 0, 1)], error=protocol.Error(Code.FAILED, "no"))
     rig.tell(protocol.Results(seq=1, outcomes=[outcome]))
     assert rig.session._receipts.ack() == 0
-    body = {"id": task.id, "kernel": "hold", "rows": 1, "is_handed": True, "uses": (0, 0)}
+    body = {"id": task.id, "kernel": "hold", "rows": 1, "client": "me", "is_handed": True, "uses": [0, 0]}
     rig.tell(protocol.Reply(request=request.number, body=body))
     rig.tell(protocol.Results(seq=2, outcomes=[outcome]))
     assert codes(request.run) == [Code.FAILED]

@@ -21,7 +21,7 @@ KERNELS = str(Path(waves.__file__).with_name("fault_kernels.py"))
 LIMIT_S = 40.0
 NUM_TASKS = 12
 ERRORS = {
-    "broker.committing.taken": "EIO", "broker.committing.started": "EIO", "broker.committing.outcome": "ENOSPC",
+    "broker.committing.taken": "EIO", "broker.committing.acked": "EIO", "broker.committing.outcome": "ENOSPC",
     "broker.payload.begun": "ENOSPC", "broker.payload.written": "EIO",
 }  # fmt: skip
 

@@ -224,6 +224,18 @@ def on_death(world: World, site: str) -> None:
     world.ghost.unlink()
 
 
+def on_once(world: World, site: str) -> None:
+    """A task that must not run twice is given to a worker."""
+
+    def call() -> None:
+        task = world.client.options(durable=True, idempotency_key=site).submit("owned_once", data=b"")
+        error = task.exception(LIMIT_S)
+        assert error is None or error.code == "worker_lost"
+
+    world.arm(site)
+    world.begin(call)
+
+
 def on_backup(world: World, site: str) -> None:
     world.arm(site)
     folder = world.run.folder / site
@@ -270,6 +282,7 @@ TRIGGERS = {
     "broker.restore": on_start, "broker.received.control": on_drop, "broker.decided.control": on_drop,
     "broker.committing.erase": on_drop, "broker.committed.erase": on_drop, "broker.payload.unlinked": on_unlink,
     "broker.payload.begun": on_new_file,
+    "broker.committing.started": on_once, "broker.committed.started": on_once,
     "broker.committing.died": on_death, "broker.committed.died": on_death, "broker.backup": on_backup,
     "broker.stop": on_stop,
 }  # fmt: skip

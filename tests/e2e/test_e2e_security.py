@@ -160,7 +160,8 @@ def test_revoking_ends_clients_and_workers_at_once(site: Site) -> None:
     assert isinstance(failure(site, alice), NotAuthorised)
     assert site.cli("keys", "revoke", "gpu-2").returncode == 0
     assert worker.wait(LIMIT_S) == 77
-    assert "not allowed any more" in site.log("far")
+    log = site.log("far")  # it was told, or was busy then and tried to come back
+    assert "not allowed any more" in log or "refuses the key" in log
     listed = site.cli("keys", "list")
     assert "alice" not in listed.stdout
     assert "gpu-2" not in listed.stdout

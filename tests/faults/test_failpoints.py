@@ -44,7 +44,8 @@ def test_sites_that_messages_complete_are_messages() -> None:
 
 def test_the_names_of_records_are_those_of_the_journal() -> None:
     assert failpoints._KINDS == {
-        kept.TAKEN: "taken", kept.STARTED: "started", kept.DIED: "died", kept.OUTCOME: "outcome", kept.ACKED: "acked",
+        0: "erase", kept.TAKEN: "taken", kept.STARTED: "started", kept.DIED: "died", kept.OUTCOME: "outcome",
+        kept.ACKED: "acked", kept.KNOWN: "acked",
     }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Oracle:
         self.tasks: dict[Name, Task] = {}
         self._of_row: dict[bytes, Task] = {}
         self._names: dict[bytes, Name] = {}
+        self._before: set[Name] = set()
         self._is_durable: set[Name] = set()
         self._deadlines: dict[bytes, float] = {}
         self._starts: defaultdict[bytes, int] = defaultdict(int)
@@ -74,7 +75,7 @@ class Oracle:
             if task is None:
                 raise Violation("never submitted", f"a kernel was given {row!r}")
             self._starts[row] += 1
-            if task.kernel == ONCE and self._starts[row] > 1 and not task.is_spoiled:
+            if task.kernel == ONCE and self._starts[row] > 1 and not (task.is_spoiled or task.is_forgotten):
                 text = f"{shown_row(row)} of a kernel that is not idempotent was started {self._starts[row]} times"
                 raise Violation("run again", text)
         self.counts["started"] += len(rows)
@@ -90,6 +91,8 @@ class Oracle:
         now = self._timeline.now
         if isinstance(message, p.Submit):
             name = (principal, message.key or message.id)
+            if message.id not in self._names and name in self._before and name not in self._is_durable and name in self.tasks:
+                self.tasks[name].is_forgotten = True
             self._names[message.id] = name
             if message.is_durable:
                 self._is_durable.add(name)
@@ -103,7 +106,8 @@ class Oracle:
                 self._alone[rows[0]].discard(message.lease)
 
     def voided(self, tokens: list[int]) -> None:
-        """The broker that gave out these leases is gone; nobody died of them."""
+        """The broker that gave out these leases is gone; nobody died of them, and nobody knows what was not durable."""
+        self._before.update(self._names.values())
         for token in tokens:
             for row in self._leases.get(token, ()):
                 self._alone[row].discard(token)

@@ -174,8 +174,8 @@ def counts_deaths_twice() -> None:
 
 
 @bug("broker")
-def runs_again_after_a_goodbye() -> None:
-    """What a worker held when it left politely goes to another one, whatever its kernel."""
+def runs_again_what_was_lost_on_the_way() -> None:
+    """What a worker does not hold any more when it comes back goes to another one, whatever its kernel."""
 
     def make(recover: Any) -> Any:
         def again(self: Leases, lease: Lease, reason: str, now: float, is_suspect: bool, *others: Any) -> None:

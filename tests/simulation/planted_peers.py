@@ -97,6 +97,12 @@ def never_lets_go_of_a_lease() -> None:
 
 
 @bug("worker")
+def takes_leave_of_what_it_runs() -> None:
+    """A worker that is interrupted says goodbye with what must not run twice in its hands."""
+    disable(Work, "end_begun", True)
+
+
+@bug("worker")
 def drops_what_is_cancelled() -> None:
     """A batch that is cancelled before it began is never answered."""
 

@@ -43,7 +43,10 @@ def results(start: int, num_seeds: int, jobs: int, bug: str = "") -> Iterator[Re
     seeds = range(start, start + num_seeds)
     if jobs < 2:
         _prepare(bug)
-        yield from map(run_seed, seeds)
+        try:
+            yield from map(run_seed, seeds)
+        finally:
+            logging.disable(logging.NOTSET)
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, _prepare, (bug,)) as pool:

@@ -65,6 +65,7 @@ class Task:
         num_asked: submissions and fetches, at all clients.
         is_given_up: the user does not wait for it any more: its client is gone, and it was not durable.
         is_twin: it was submitted at two clients.
+        is_forgotten: it came once more, as something new, to a broker that knows no keys of tasks which are not durable.
         is_spoiled: one of its submissions ended without an answer that others could share: cancelled, or out of time.
     """
 
@@ -80,6 +81,7 @@ class Task:
     is_given_up: bool = False
     is_twin: bool = False
     is_spoiled: bool = False
+    is_forgotten: bool = False
     num_asked: int = 0
     told: dict[int, bytes | str] = field(default_factory=dict)
     recorded: set[int] = field(default_factory=set)

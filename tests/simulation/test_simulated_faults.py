@@ -76,7 +76,7 @@ def test_two_seeds_differ() -> None:
 
 
 def test_a_failure_is_explained_and_made_smaller() -> None:
-    run = simulate("--seeds", "40", "--jobs", "1", "--planted", "runs-again-after-a-goodbye")
+    run = simulate("--seeds", "40", "--jobs", "1", "--planted", "does-not-record-attempts")
     assert run.returncode == 1
     assert "BROKEN  run again" in run.stdout
     command = next(line for line in run.stdout.splitlines() if "smallest:" in line).split("simulate-faults ")[1]
