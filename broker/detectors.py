@@ -2,7 +2,7 @@
 
 Each detector alone misses a case. ZMQ's own heartbeats see a peer that is gone from an idle connection; they wait behind what
 is unsent, so that TCP's limit on unacknowledged bytes has to see one that stopped taking what it is sent. Both are answered
-below the program: one that stands still is seen by the heartbeats of the protocol, which the broker, `worker/heartbeat.py` and
+below the program: one that stands still is seen by the heartbeats of the protocol, which the broker, `worker/pulse.py` and
 `client/connection.py` watch. docs/faults.md has what each of them takes. Knows socket options, not messages.
 """
 

@@ -137,9 +137,8 @@ def hit_message(stage: str, message: object) -> None:
 
 def hit_records(stage: str, kinds: Iterable[int]) -> None:
     """This stage was reached with records of these kinds (`kept.py`; 0: an erasure)."""
-    for kind in sorted(set(kinds)):
-        if kind in _KINDS:
-            hit(f"{stage}.{_KINDS[kind]}")
+    for name in sorted({_KINDS[kind] for kind in kinds if kind in _KINDS}):
+        hit(f"{stage}.{name}")
 
 
 def armed() -> str:

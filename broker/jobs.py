@@ -123,7 +123,7 @@ class Jobs:
         is_handed = owner is None or owner is session or owner.is_closed or m.take
         body = {**of_job(entry, now), "is_handed": is_handed, "uses": uses}
         if is_handed:
-            self._admission.check_session(session, *((0, 0) if owner is session else uses), now)
+            self._admission.check_outbox(session, uses[0], now)  # what was taken once needs no credit
         elif owner is not None:
             body["client"], body["seen_ms"] = owner.name, 1000.0 * (now - owner.last_seen)
         self._reply(session, Reply(request=m.request, body=body))

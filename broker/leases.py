@@ -202,7 +202,7 @@ class Leases:
             self._end(pieces, FAILED, Error(Code.WORKER_LOST, text), now)
             return
         # Not the last one left of a batch: what was cancelled or ran out of time while it was held ran as well.
-        if is_suspect and is_alone and lease.num_rows - lease.num_answered <= 1:
+        if is_suspect and is_alone and num_rows == 1 and lease.num_rows - lease.num_answered <= 1:
             suspect = pieces[0]
             suspect.deaths += 1
             suspect.evidence = (*suspect.evidence, _evidence(suspect, lease, reason, now))

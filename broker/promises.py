@@ -13,8 +13,10 @@ from penstock.broker.storage.records import Write
 from penstock.broker.storage.store import Store
 
 MAX_HELD = 32_768
-"""Messages that one address may have waiting; a reply, which may be long, counts as `REPLY_WEIGHT` of them."""
+"""Messages that one address may have waiting; a long reply counts as `REPLY_WEIGHT` of them."""
 REPLY_WEIGHT = 64
+LONG_PARTS = frozenset(("jobs", "tasks", "workers"))
+"""Of the body of a reply: a report has one of them."""
 
 
 class Promises:
@@ -45,8 +47,11 @@ class Promises:
         if writes:
             self._ticket = store.append(writes)
         is_safe = self._ticket <= store.committed
+        lost = set[tuple[str, Route]]()
         for action in actions:
             address = (action.side, action.route)
+            if address in lost:
+                continue
             held = self._held.get(address)
             if held is None and action.is_promise and not is_safe:
                 held = self._held[address] = Held()
@@ -54,6 +59,7 @@ class Promises:
                 self._send(action)
             elif not held.add(self._ticket if action.is_promise else 0, action):
                 del self._held[address]
+                lost.add(address)
                 self._lose(action)
 
     def release(self) -> None:
@@ -93,4 +99,4 @@ class Held:
 
 
 def _weight(action: Send) -> int:
-    return REPLY_WEIGHT if isinstance(action.message, Reply) else 1
+    return REPLY_WEIGHT if isinstance(action.message, Reply) and LONG_PARTS & action.message.body.keys() else 1

@@ -61,9 +61,8 @@ class ClientSession:
 
     __slots__ = (
         "account", "answered", "filling", "finished", "is_closed", "last_seen", "last_seq", "name", "num_unacked_bytes",
-        "outbox", "owed",
-        "principal", "returned_bytes", "returned_rows", "route", "runs", "secret", "sent_seq", "sharer", "used_bytes",
-        "used_rows",
+        "outbox", "owed", "principal", "returned_bytes", "returned_rows", "route", "runs", "secret", "sent_seq", "sharer",
+        "used_bytes", "used_rows",
     )  # fmt: skip
 
     def __init__(

@@ -1,7 +1,8 @@
 """The side thread: heartbeats from a socket of its own, whatever the kernel does, and a look at the parent process.
 
-Knows the session's secret; does not know leases. It tells the data loop by a flag and a wake-up, and never touches its
-socket. A kernel that holds the interpreter's lock without a pause silences this thread too, for as long.
+Knows its socket and the parent; when to beat, and what silence means, is `pulse.py`'s business. It tells the data loop by a
+flag and a wake-up, and never touches its socket. A kernel that holds the interpreter's lock without a pause silences this
+thread too, for as long.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """A worker's side of the protocol: session, leases held, credit, drain.
 
 Knows what to say when and what an answer means; does not know sockets, clocks or kernels. Messages come in and go out as
-values; `loop.py` carries them.
+values; `session.py` carries them.
 """
 
 import math

@@ -170,7 +170,7 @@ class Worker:
         while self._num_signals < 2:
             self._check_flags()
             self._receive()
-            self._session.get_ready()
+            self._session.get_ready(time.monotonic())
             if self._session.must_seek(time.monotonic()):
                 self._seek()
             is_busy = work.run_batch()

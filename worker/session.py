@@ -141,20 +141,20 @@ class Session:
         if not self._transmit(message):
             self.link.lost()
 
-    def get_ready(self) -> None:
+    def get_ready(self, now: float) -> None:
         """After a welcome: offer the kernels and say what is held; then send what waited for the session."""
         link, work = self.link, self.work
         if link.state != WELCOME or work is None:
             return
         if self.memory.is_on and not self._transmit(encode(self.memory.share())):
-            link.lost()
+            self.lose("it takes nothing", now)
             return
         facts = {**work.engine.facts, "fault": self._fault} if self._fault else work.engine.facts
         message = encode(link.ready(work.engine.specs, work.engine.runner.resident, facts))
         if ARMED:
             hit("worker.sending.ready")
         if not self._transmit(message):
-            link.lost()
+            self.lose("it takes nothing", now)
             return
         if ARMED:
             hit("worker.sent.ready")

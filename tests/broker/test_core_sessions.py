@@ -310,6 +310,20 @@ def test_an_attach_names_so_many_submissions_at_most() -> None:
         decode(p.FROM_CLIENT, encode(p.Attach(name="c", secret=b"s" * 16, epoch=7, open=bytes((16 << 20) + 16))))
 
 
+def test_many_answers_that_wait_for_one_commit_come_in_order() -> None:
+    w = World(store=MemoryStore())
+    w.worker()
+    client = w.client()
+    runs = [client.submit(is_durable=True, is_turn=False) for _ in range(600)]
+    w.turn()
+    w.commit()
+    client.submit(is_durable=True)
+    for number, run in enumerate(runs):
+        client.send(p.Fetch(request=number, id=run), is_turn=False)
+    w.commit()
+    assert [m.request for m in client.take(p.Reply)] == list(range(600))
+
+
 def test_who_has_too_many_messages_waiting_has_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promises, "MAX_HELD", 1000)
     w = World(store=MemoryStore())

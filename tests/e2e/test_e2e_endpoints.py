@@ -49,6 +49,7 @@ class Two(Running):
         command = [sys.executable, "-P", "-m", "penstock.broker", "--url", self.urls[at]]
         own = {"XDG_RUNTIME_DIR": str(self.folder / f"b{at}"), "XDG_STATE_HOME": str(self.folder / f"s{at}")}
         self.start(f"broker{at}", command, PROMPT | own)
+        until(lambda: "listens at" in self.log(f"broker{at}"), "it listens, so that nobody moves on to the other")
 
     def pid_at(self, at: int) -> int:
         return self.processes[f"broker{at}"].pid

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONFIG = BrokerConfig(
     heartbeat_ms=800.0, liveness_s=2.0, progress_s=4.0, session_ttl_s=4.0, worker_grace_s=2.0, window_rows=24,
-    max_queue_rows=64, max_attempts=MAX_ATTEMPTS, dedup_window_s=5000.0,
+    client_liveness_s=2.0, max_queue_rows=64, max_attempts=MAX_ATTEMPTS, dedup_window_s=5000.0,
 )  # fmt: skip
 LOOK_S = 0.5
 _TYPES = {FRONT: p.FROM_CLIENT, BACK: p.FROM_WORKER}

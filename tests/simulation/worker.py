@@ -171,7 +171,7 @@ class Worker:
             session.lose("the connection is closed", now)
         while self._inbox:
             session.receive(self._inbox.popleft(), now)
-        session.get_ready()
+        session.get_ready(now)
         if session.must_seek(now):
             self._seek()
         if session.is_sending and self._data.can_send:
