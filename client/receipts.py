@@ -46,22 +46,23 @@ class Receipts:
         self._held_from = None
 
     @property
-    def _ackable(self) -> int:
+    def ackable(self) -> int:
+        """Up to here the broker may forget what it has sent."""
         return self.received if self._held_from is None else self._held_from - 1
 
     @property
     def must_ack(self) -> bool:
-        num_new = self._ackable - self._acked
+        num_new = self.ackable - self._acked
         return num_new >= ACK_MESSAGES or (num_new > 0 and self._unacked_bytes >= ACK_BYTES)
 
     @property
     def has_news(self) -> bool:
         """Something has come that the broker does not know to have come."""
-        return self._ackable > self._acked
+        return self.ackable > self._acked
 
     def ack(self) -> int:
         """The number to acknowledge with the message that is being made."""
-        self._acked, self._unacked_bytes = self._ackable, 0
+        self._acked, self._unacked_bytes = self.ackable, 0
         return self._acked
 
     def check(self) -> None:

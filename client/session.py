@@ -155,7 +155,7 @@ class Session:
     def _next_message(self, now: float) -> Message | None:
         connection = self.connection
         if connection.must_greet:
-            return connection.greeting(self._receipts.received, self.submissions.flight.ids(), now)
+            return connection.greeting(self._receipts.ackable, self.submissions.flight.ids(), now)
         if self._outbox:
             return self._outbox.popleft()
         if connection.state != READY:

@@ -69,6 +69,16 @@ def test_outcomes_whose_reply_was_lost_are_not_acknowledged():
     assert rig.session._receipts.ack() == 2
 
 
+def test_nor_does_an_attach_acknowledge_them():
+    rig = Rig().attached()
+    task = stored(rig)
+    fetch(rig, key=b"k")
+    rig.tell(protocol.Results(seq=1, outcomes=[protocol.Outcome([(task.id, 0, 1)], error=protocol.Error(Code.FAILED, "no"))]))
+    rig.session.reconnected(rig.now)
+    attach = next(m for m in rig.send() if isinstance(m, protocol.Attach))
+    assert attach.received == 0
+
+
 def test_what_is_over_uses_no_credit():
     rig = Rig().attached()
     run, _ = rig.submit("echo", options=DURABLE)

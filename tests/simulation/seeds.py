@@ -13,5 +13,8 @@ KEPT = (
     (459, "a task came back to its client past the client's window: the invariant was wrong"),
     (599, "outcomes of a fetch whose reply was lost were acknowledged before anybody had them"),
     (634, "the record of an attempt was lost in a crash of the broker: a row that must not run twice ran again"),
+    (212, "a fetch after a reconnect was refused for want of credit, and the user told so of a task that was accepted"),
+    (1135, "a task that was not durable came as something new to a broker that had forgotten it: the invariant was wrong"),
+    (2982, "an attach acknowledged outcomes that nobody had yet"),
 )
 """(seed, why)."""

@@ -18,7 +18,7 @@ from simulation.timeline import START, Timeline
 from simulation.user import User
 
 CHAOS_S = 4.0
-HEAL_S = 100.0
+HEAL_S = 200.0
 """Everything that is open must end within this time once nothing goes wrong any more."""
 _HARMLESS = {"worker_crash", "worker_quit", "worker_drain", "worker_pause", "device_fault", "slow_kernel", "slow_disk"}
 FORGETFUL = FAULTS.keys() - _HARMLESS
