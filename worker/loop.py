@@ -222,7 +222,10 @@ class Worker:
         if self._num_signals > 1:
             self._exit_status = 128 + signum
             work = self._session.work
-            if work is not None and work.is_in_kernel:
+            if work is None:
+                return
+            work.interrupted = self._exit_status
+            if work.is_in_kernel:
                 work.is_in_kernel = False
                 raise SystemExit(self._exit_status)
 

@@ -44,6 +44,7 @@ class Work:
     Attributes:
         progress: grows with every batch and step; heartbeats carry it.
         is_in_kernel: a kernel runs, and may be interrupted by an exception.
+        interrupted: no kernel is to begin any more: the process ends with this status.
         fault: the device is broken for good, and why.
     """
 
@@ -59,6 +60,7 @@ class Work:
         self._clock = clock
         self.progress = 0
         self.is_in_kernel = False
+        self.interrupted: int | None = None
         self.fault: Failure | None = None
         self._link = link
         self._memory = memory
@@ -166,7 +168,7 @@ class Work:
             return False
         assign, received_at = self._waiting.popleft()
         began = self._clock()
-        self.is_in_kernel = True
+        self._enter_kernel()
         answers, clock, fault = self.engine.runner.run(assign, received_at)
         self.is_in_kernel = False
         self.progress += 1
@@ -242,9 +244,16 @@ class Work:
             if name is not None:
                 log.warning("memory: unloaded kernel %r, the one used least recently", name)
 
+    def _enter_kernel(self) -> None:
+        """From here on a signal may cut it short, and one that came just before does so here."""
+        self.is_in_kernel = True
+        if self.interrupted is not None:
+            self.is_in_kernel = False
+            raise SystemExit(self.interrupted)
+
     @contextmanager
     def _in_kernel(self) -> Iterator[None]:
-        self.is_in_kernel = True
+        self._enter_kernel()
         try:
             yield
         finally:
@@ -259,4 +268,5 @@ class Work:
     def _announce(self, resident: Resident) -> None:
         was_in_kernel, self.is_in_kernel = self.is_in_kernel, False  # a signal must not cut a message in two
         self._send(encode(resident))
-        self.is_in_kernel = was_in_kernel
+        if was_in_kernel:
+            self._enter_kernel()

@@ -174,26 +174,6 @@ def counts_deaths_twice() -> None:
 
 
 @bug("broker")
-def runs_again_what_was_lost_on_the_way() -> None:
-    """What a worker does not hold any more when it comes back goes to another one, whatever its kernel."""
-
-    def make(recover: Any) -> Any:
-        def again(self: Leases, lease: Lease, reason: str, now: float, is_suspect: bool, *others: Any) -> None:
-            if is_suspect:
-                recover(self, lease, reason, now, is_suspect, *others)
-                return
-            pieces = [q for q in lease.pieces if q.state == LEASED]
-            self.state.ledger.close(lease)
-            self.dispatch.abandoned(lease)
-            for piece in pieces:
-                self.state.ledger.requeue(piece)
-
-        return again
-
-    change(Leases, "recover", make)
-
-
-@bug("broker")
 def never_loses_a_worker() -> None:
     """Neither silence nor standing still is noticed."""
     disable(Workers, "sweep")
