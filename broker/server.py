@@ -386,10 +386,11 @@ class Server:
     def _perform(self, actions: list[Send]) -> None:
         self._promises.perform(actions, self.core.take_writes())
 
-    def _send(self, action: Send) -> None:
+    def _send(self, action: Send) -> bool:
+        """False if nobody takes it."""
         s, frames = self._doors[action.route[0]].socket, self._encode(action.message)
         if not frames:
-            return
+            return True
         if ARMED:
             hit_message("broker.sending", action.message)
         try:
@@ -398,14 +399,14 @@ class Server:
             # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
             if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._lose(action)
-            return
+            return False
         last = frames.pop()
         for frame in frames:
             s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
         s.send(last, 0, copy=not isinstance(last, zmq.Frame))
         if ARMED:
             hit_message("broker.sent", action.message)
+        return True
 
     def _lose(self, action: Send) -> None:
         """Nobody is there to take it."""

@@ -11,19 +11,21 @@ from penstock.broker.columns import Buffer
 ACK_MESSAGES: Final = 16
 ACK_BYTES: Final = 1 << 20
 """An `ack` goes out by itself once this much is unacknowledged; submissions and heartbeats carry it on the way."""
+MAX_ASKED: Final = 8
+"""So often the broker is asked for a missing message: it may be lost again, but one that cannot travel must not hold up all."""
 
 
 class Receipts:
     """`received` is the last number that was acted upon; messages up to it are dropped when they come again."""
 
-    __slots__ = ("_acked", "_gap_at", "_held_from", "_unacked_bytes", "received")
+    __slots__ = ("_acked", "_gap_at", "_held_from", "_num_asked", "_unacked_bytes", "received")
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """A new session on the broker's side: it counts from 1 again."""
-        self.received = self._acked = self._unacked_bytes = self._gap_at = 0
+        self.received = self._acked = self._unacked_bytes = self._gap_at = self._num_asked = 0
         self._held_from: int | None = None
 
     def note(self, seq: int, frames: Sequence[Buffer], is_shared: bool) -> None:
@@ -31,10 +33,12 @@ class Receipts:
         self.received = seq
         self._unacked_bytes += ACK_BYTES if is_shared else sum(map(len, frames))
 
-    def is_first_gap(self) -> bool:
-        """Something is missing after `received`: whether that is news. What stays missing is not asked for twice."""
-        is_news, self._gap_at = self._gap_at != self.received + 1, self.received + 1
-        return is_news
+    def may_ask(self) -> bool:
+        """Something is missing after `received`: whether to ask for it once more."""
+        if self._gap_at != self.received + 1:
+            self._gap_at, self._num_asked = self.received + 1, 0
+        self._num_asked += 1
+        return self._num_asked <= MAX_ASKED
 
     def hold(self) -> None:
         """The last message is for somebody who is not there yet: it and what follows is not acknowledged before `release`."""

@@ -238,14 +238,15 @@ class Session:
         return replace(m, outcomes=outcomes)
 
     def _may_skip_to(self, seq: int, now: float) -> bool:
-        """After a gap the broker is asked to send again, once."""
+        """After a gap the broker is asked to send again; what it cannot send however often it is asked is given up."""
         received = self._receipts.received
         if seq <= received or self.connection.state == GREETING:
             return False
-        if self._receipts.is_first_gap():
+        if self._receipts.may_ask():
             log.warning("message %d came after %d; asking for what is missing", seq, received)
             self._greet(now)
             return False
+        self._fault(f"the broker does not send again what is missing between its messages {received} and {seq}")
         return True
 
     def _on_results(self, m: protocol.Results, frames: Sequence[Buffer], now: float) -> None:

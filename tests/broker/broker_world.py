@@ -195,16 +195,19 @@ class World:
     def _deliver(self, actions: list[Send]) -> None:
         self.promises.perform(actions, self.core.take_writes())
 
-    def _send(self, action: Send) -> None:
+    def _send(self, action: Send) -> bool:
         types = {FRONT: p.TO_CLIENT, BACK: p.TO_WORKER}
         message = decode(types[action.side], encode(action.message))
         if self.memory is not None:
             self.memory.read(message)
         peer = self.peers.get((action.side, action.route))
         if peer is None:
-            self._lose(action)
-        else:
-            peer.receive(message)
+            return False
+        if peer.num_blocked:
+            peer.num_blocked -= 1
+            return False
+        peer.receive(message)
+        return True
 
     def _lose(self, action: Send) -> None:
         self.handle(PeerLost(action.side, action.route))
@@ -223,6 +226,8 @@ class Peer:
         self.secret = struct.pack("<16s", b"s%d" % next(world.numbers))
         self.route = b""
         self.pid = 0
+        self.num_blocked = 0
+        """So many messages find its pipe full."""
         self.inbox: list[Message] = []
 
     def connect(self) -> None:

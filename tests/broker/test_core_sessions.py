@@ -337,6 +337,39 @@ def test_who_has_too_many_messages_waiting_has_to_come_again(monkeypatch: pytest
     client.attach([run])
     w.commit()
     assert client.row(run).num_finals == 1
+
+
+def test_what_follows_a_message_that_found_a_full_pipe_is_lost_with_it() -> None:
+    w = World()
+    worker, client = w.worker(), w.client()
+    runs = [client.submit(), client.submit()]
+    client.disconnect()
+    worker.finish()
+    worker.finish()
+    client.connect()
+    client.inbox.clear()
+    client.num_blocked = 1  # the welcome; there is room again for the results
+    client.send(p.Attach(name="client", secret=client.secret, epoch=client.epoch, received=0))
+    assert not client.take(p.Results) and not client.take(p.Welcome)
+    client.send(p.Status(request=1))
+    assert client.take(p.Fault)[0].error.code == "unattached"
+    client.attach(runs)
+    assert [client.row(run).num_finals for run in runs] == [1, 1]
+
+
+def test_what_waits_for_the_disk_behind_a_message_that_found_a_full_pipe_is_lost_with_it() -> None:
+    w = World(store=MemoryStore())
+    w.worker()
+    client = w.client()
+    runs = [client.submit(is_durable=True, wants_accepted=True) for _ in range(3)]
+    client.num_blocked = 1
+    w.commit()
+    assert not client.take(p.Accepted) and not len(w.promises)
+    client.attach(runs)
+    w.commit()
+    assert {m.id for m in client.take(p.Accepted)} == set(runs)
+
+
 def test_an_attach_names_no_more_than_a_session_may_have_open() -> None:
     w = World(window_rows=10)
     client = w.client()

@@ -10,8 +10,10 @@ from session_rig import PLAIN, PLANS, Rig, X, codes
 
 from penstock.broker import protocol
 from penstock.broker.protocol import Code, Error
+from penstock.broker.wire import decode
 from penstock.client.config import ClientConfig
 from penstock.client.connection import GREETING, READY
+from penstock.client.receipts import MAX_ASKED
 from penstock.client.run import CLOSED, PENDING, SENT, WAITING, Options, Run
 
 
@@ -232,6 +234,33 @@ def test_a_gap_asks_for_what_is_missing():
     assert rig.session.connection.state == GREETING
     rig.exchange()
     assert [codes(r) for r in runs] == [["ok"]] * 3
+
+
+def test_what_is_lost_again_and_again_is_asked_for_again():
+    rig = Rig().attached()
+    runs = [rig.submit("echo")[0] for _ in range(2)]
+    for _ in range(MAX_ASKED):
+        del rig.broker.out[next(i for i, (_, frames) in enumerate(rig.broker.out) if is_results(frames))]
+        rig.deliver()
+        assert rig.session.connection.state == GREETING
+        rig.send()
+    rig.deliver()
+    assert [codes(r) for r in runs] == [["ok"]] * 2
+
+
+def test_what_the_broker_cannot_send_is_given_up_and_told(caplog):
+    rig = Rig().attached()
+    runs = [rig.submit("echo")[0] for _ in range(2)]
+    for _ in range(MAX_ASKED + 1):
+        del rig.broker.out[next(i for i, (_, frames) in enumerate(rig.broker.out) if is_results(frames))]
+        rig.deliver()
+        rig.send()
+    assert [codes(r) for r in runs] == [[None], ["ok"]]
+    assert "missing between its messages 0 and 2" in rig.session.last_fault
+
+
+def is_results(frames):
+    return isinstance(decode(protocol.TO_CLIENT, frames), protocol.Results)
 
 
 def test_unattached_leads_to_attach_and_missed_results_come_again():

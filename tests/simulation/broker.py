@@ -245,7 +245,7 @@ class Broker:
         """Messages that wait for the disk."""
         return len(self._promises)
 
-    def _send(self, action: Send) -> None:
+    def _send(self, action: Send) -> bool:
         frames = [bytes(f) for f in encode(action.message)]
         connection = self._network.routes.get((action.side, action.route))
         owner = "nobody" if connection is None else connection.owner
@@ -255,7 +255,8 @@ class Broker:
         try:
             self._network.send(action.side, action.route, frames)
         except Unroutable:
-            self._lose(action)
+            return False
+        return True
 
     def _lose(self, action: Send) -> None:
         self._handle(PeerLost(action.side, action.route))
