@@ -273,6 +273,7 @@ class Welcome(Message):
 
     `unknown` holds those of `attach.open` that this broker never accepted, or has lost with an earlier epoch.
     To a worker, `limits` has `checkpoint_ms` and `max_checkpoint_bytes`, if it may send checkpoints.
+    `number` is that of the worker's `hello` which it answers.
     `shared` offers shared memory: `probe` [process, descriptor, inode], `min_bytes`, `max_bytes`, and `held`, the slots
     [descriptor, offset] that the broker still reads of this session, one after another, as often as it has each on loan.
     """
@@ -284,6 +285,7 @@ class Welcome(Message):
     limits: Mapping[str, Any] = wire(MAP, default={})
     unknown: bytes = wire(frame(MAX_OPEN_BYTES), default=b"")
     shared: Mapping[str, Any] = wire(MAP, default={})
+    number: int = wire(COUNT, default=0)
 
 
 @message("accepted")
@@ -400,13 +402,17 @@ class Fault(Message):
 
 @message("hello")
 class WorkerHello(Message):
-    """Opens or takes up a worker's session. `ended`: the secret of one whose process is gone, which ends at once."""
+    """Opens or takes up a worker's session. `ended`: the secret of one whose process is gone, which ends at once.
+
+    `number` counts a session's hellos from 1: only the answer to the last one is meant. 0: the worker does not count.
+    """
 
     name: str = wire(NAME)
     secret: bytes = wire(SECRET)
     pid: int = wire(COUNT)
     device: str = wire(NAME)
     ended: bytes = wire(binary(0, SECRET_BYTES), default=b"")
+    number: int = wire(COUNT, default=0)
 
 
 @message("ready")

@@ -125,7 +125,7 @@ class Workers:
         shared = self.state.sharing.offer(worker, config, pid)
         welcome = Welcome(
             epoch=self.state.epoch, heartbeat_ms=config.heartbeat_ms, is_resumed=is_resumed, shared=shared,
-            limits=checkpoints.limits(config),
+            limits=checkpoints.limits(config), number=m.number,
         )  # fmt: skip
         self.state.send(BACK, route, welcome)
 
@@ -142,6 +142,8 @@ class Workers:
         for lease in lost:
             self.state.counters["leases_lost_on_the_way"] += 1
             self._leases.recover(lease, f"worker {worker.name} reconnected without it", now, is_suspect=False)
+        for lease in worker.leases.values():
+            lease.num_answered = 0  # its answer comes whole from here, whatever of it has come before
         worker.turn_to_next(now)
         worker.assigned_batches, worker.assigned_bytes = worker.batches, 0
         worker.credit_batches, worker.credit_bytes = m.credit

@@ -164,6 +164,7 @@ class Link:
         self._device = device
         self._ended = ended
         self._pid = os.getpid() if pid is None else pid
+        self._num_hellos = 0
 
     def _move(self, event: str) -> None:
         if event not in MOVES[self.state]:
@@ -172,12 +173,21 @@ class Link:
 
     def hello(self) -> WorkerHello:
         self._move("hello")
-        return WorkerHello(name=self._name, secret=self.secret, pid=self._pid, device=self._device, ended=self._ended)
+        self._num_hellos += 1
+        return WorkerHello(
+            name=self._name, secret=self.secret, pid=self._pid, device=self._device, ended=self._ended, number=self._num_hellos
+        )
+
+    def is_expected(self, welcome: Welcome) -> bool:
+        """Whether this answers the last hello.
+
+        By an earlier one, it would say what it holds before it has what the broker assigned in between, which would then go to
+        others.
+        """
+        return self.state != AWAY and welcome.number in (0, self._num_hellos)  # 0: a broker that does not count
 
     def on_welcome(self, welcome: Welcome) -> bool:
-        """True if what is held goes on; False if it must be forgotten, because this broker does not know of it."""
-        if self.state == AWAY:  # an answer to a hello before the connection broke: another hello is due
-            return True
+        """Take up one that is expected. False if what is held must be forgotten, because this broker does not know of it."""
         self._move("welcome")
         self.epoch, self.heartbeat_ms = welcome.epoch, welcome.heartbeat_ms
         self.checkpoints = CheckpointLimits.of(welcome)

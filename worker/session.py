@@ -19,7 +19,7 @@ from penstock.broker.protocol import Answer, Assign, CancelLease, Code, Drain, E
 from penstock.broker.segments import Segment
 from penstock.broker.wire import Message, ProtocolError, decode, encode
 from penstock.worker.config import REFUSED_STATUS, StartError
-from penstock.worker.link import ATTACHED, AWAY, GREETED, WELCOME, Final, Link
+from penstock.worker.link import ATTACHED, AWAY, GREETED, WELCOME, Encoded, Final, Link
 
 if TYPE_CHECKING:
     from penstock.worker.work import Outgoing, Work
@@ -90,6 +90,8 @@ class Session:
         self._drain_asked_at: float | None = None
         self._is_away_logged = False
         self._was_welcome = False
+        self._rest: list[Encoded] = []
+        """Of the answer that is first in the outbox, what is left to send over this connection."""
 
     # --- the way out ----------------------------------------------------------------------------------------------
 
@@ -118,11 +120,19 @@ class Session:
             if not isinstance(item, Final):
                 if not self._transmit(item):
                     return
-            elif all(self._send_answers(frames, answers) for frames, answers in self.link.encode(item)):
-                self.link.sent(item)
-            else:
-                return  # as a whole once more: the broker drops what it has had
+            elif not self._send_final(item):
+                return
             outbox.popleft()
+
+    def _send_final(self, final: Final) -> bool:
+        """Send the answer to a lease, from where it stopped for want of room; over another connection it goes whole again."""
+        self._rest = self._rest or self.link.encode(final)
+        while self._rest:
+            if not self._send_answers(*self._rest[0]):
+                return False
+            del self._rest[0]
+        self.link.sent(final)
+        return True
 
     def _send_answers(self, frames: list[Buffer], answers: Sequence[Answer]) -> bool:
         if ARMED:
@@ -158,7 +168,7 @@ class Session:
             return
         if ARMED:
             hit("worker.sent.ready")
-        self._fault = ""
+        self._fault, self._rest = "", []
         self.flush()
         if self._drain_asked_at is not None and not self.is_drained:
             self.send(encode(Drain()))
@@ -267,13 +277,13 @@ class Session:
             self._on_fault(message.error, now)
 
     def _on_welcome(self, welcome: Welcome) -> None:
+        if not self.link.is_expected(welcome):
+            return
         num_held = len(self.link.held)
         if not self.link.on_welcome(welcome):
             self._forget()
             if num_held:
                 log.warning("the broker does not know of %d leases held here: they are dropped", num_held)
-        if self.link.state != WELCOME:
-            return
         self._unpin(self.memory.welcome(welcome.shared))
         self._heart.begin(welcome.heartbeat_ms)
         if self._is_away_logged:
@@ -293,6 +303,7 @@ class Session:
 
     def _forget(self) -> None:
         self.outbox.clear()
+        self._rest = []
         if self.work is not None:
             self.work.forget()
 

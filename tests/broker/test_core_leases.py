@@ -117,6 +117,32 @@ def test_rows_answered_twice_count_once_and_those_left_out_run_again() -> None:
     assert [client.row(run, row).num_finals for row in range(3)] == [1, 1, 1]
 
 
+def test_an_answer_in_parts_that_comes_again_over_another_connection_counts_once() -> None:
+    w = World()
+    client, worker = w.client(), w.worker(spec(idempotent=False))
+    run = client.submit(4)
+    token = worker.the_lease()
+    rows = rows_of(worker.leases[token])
+    worker.answer(token, 0, 2)
+    worker.hello()
+    worker.ready([token])
+    worker.answer(token, 0, 2)
+    assert client.results(run, 4) == [*rows[:2], None, None]
+    worker.answer(token, 2, 4)
+    assert client.results(run, 4) == rows
+    assert w.counters["unanswered"] == 0
+    assert not w.state.ledger.leases
+
+
+def test_a_welcome_has_the_number_of_its_hello() -> None:
+    w = World()
+    worker = w.worker()
+    worker.take(p.Welcome)
+    for number in (0, 3):
+        worker.send(p.WorkerHello(name="worker", secret=worker.secret, pid=0, device="cpu", number=number))
+    assert [m.number for m in worker.take(p.Welcome)] == [0, 3]
+
+
 def test_a_worker_that_always_leaves_rows_out_does_not_keep_them_for_ever() -> None:
     w = World(max_attempts=2)
     client, worker = w.client(), w.worker(batches=9)

@@ -8,7 +8,7 @@ from penstock.broker import protocol
 from penstock.broker.columns import Column, pack
 from penstock.broker.protocol import Answer, Error, Welcome
 from penstock.broker.wire import decode
-from penstock.worker.link import ATTACHED, AWAY, GREETED, WELCOME, Credit, Final, Link, LinkError, encode_answers
+from penstock.worker.link import ATTACHED, AWAY, WELCOME, Credit, Final, Link, LinkError, encode_answers
 
 MB = 1 << 20
 ROW = tensor_block(np.ones((1, 4), np.float32))
@@ -112,16 +112,26 @@ def test_a_broker_that_does_not_know_the_session_makes_it_forget() -> None:
     assert link.encode(Final(5, [Answer(0, 1, ROW)], {})) == []
 
 
-def test_a_late_welcome_changes_nothing() -> None:
+def test_only_the_answer_to_the_last_hello_is_expected() -> None:
+    link = Link("cpu-0", "cpu", MB)
+    assert link.hello().number == 1
+    link.lost()
+    assert not link.is_expected(welcome(1))
+    assert link.hello().number == 2
+    assert not link.is_expected(welcome(1))
+    assert link.is_expected(welcome(2))
+    link.on_welcome(welcome(2))
+    assert link.state == WELCOME
+
+
+def test_a_broker_that_does_not_count_hellos_is_understood() -> None:
     link = Link("cpu-0", "cpu", MB)
     link.hello()
-    link.lost()
-    link.on_welcome(Welcome(epoch=1, heartbeat_ms=100.0))
-    assert link.state == AWAY
-    link.hello()
-    assert link.state == GREETED
-    link.on_welcome(Welcome(epoch=1, heartbeat_ms=100.0))
-    assert link.state == WELCOME
+    assert link.is_expected(welcome(0))
+
+
+def welcome(number: int) -> Welcome:
+    return Welcome(epoch=1, heartbeat_ms=100.0, number=number)
 
 
 def test_answers_that_are_too_many_for_a_header_travel_in_several_messages() -> None:
