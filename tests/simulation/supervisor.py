@@ -12,7 +12,7 @@ class Supervisor:
     """Starts a worker's process again when it has ended.
 
     Args:
-        tells: the kernel tells the broker of the process's end.
+        tells: the kernel tells the broker of the process's end; the next process does in any case, with its hello.
     """
 
     def __init__(self, world: "World", name: str, num_slots: int, tells: bool) -> None:
@@ -23,18 +23,19 @@ class Supervisor:
         self.load_s = random.uniform(0.0, 0.3)
         self.is_stopping = False
         self.worker: Worker | None = None
-        self._start("")
+        self._start("", b"")
 
-    def _start(self, fault: str) -> None:
+    def _start(self, fault: str, ended: bytes) -> None:
         self.is_stopping = False
-        self.worker = Worker(self, self.world.next_pid(), fault)
+        self.worker = Worker(self, self.world.next_pid(), fault, ended)
         self.world.timeline.note(self.name, f"process {self.worker.pid} starts")
 
     def ended(self, worker: Worker, status: int, why: str, last: float) -> None:
         self.worker = None
         if self.tells:  # what a process sent before its end has come first
             self.world.timeline.at(last + 0.005, self.world.broker.process_ended, worker.pid)
-        self.world.timeline.after(self.world.timeline.random.uniform(0.01, 0.4), self._start, why if status else "")
+        pause_s = self.world.timeline.random.uniform(0.01, 0.4)
+        self.world.timeline.after(pause_s, self._start, why if status else "", worker.secret)
 
     def kill(self) -> None:
         if self.worker is not None:

@@ -28,7 +28,7 @@ HANG_LIMIT_S = 1.5
 class Worker:
     """The process of one life; `Supervisor` starts the next."""
 
-    def __init__(self, supervisor: "Supervisor", pid: int, fault: str) -> None:
+    def __init__(self, supervisor: "Supervisor", pid: int, fault: str, ended: bytes) -> None:
         world = supervisor.world
         self._supervisor, self._timeline = supervisor, world.timeline
         self.pid, self.name = pid, supervisor.name
@@ -37,7 +37,8 @@ class Worker:
         self._inbox: deque[Frames] = deque()
         self._beat_at = 0.0
         self.pulse = Pulse(secret := world.timeline.random.randbytes(16))
-        self.link = Link(self.name, "simulated", MAX_BYTES, secret, pid=pid)
+        self.secret = secret
+        self.link = Link(self.name, "simulated", MAX_BYTES, secret, ended, pid=pid)
         if fault:
             self.link.credit.begin_slowly()
         memory = PeerMemory(0)
@@ -146,7 +147,7 @@ class Worker:
     def _check(self) -> None:
         """What is held is within the credit, and waits, runs or is on its way out; nothing else does."""
         held, work = self.link.held.keys(), self.session.work
-        if len(held) > 2 * (MAX_WINDOW + self.link.credit.num_slots - 1):  # twice: two hellos may have crossed
+        if len(held) > MAX_WINDOW + self.link.credit.num_slots - 1:
             raise Violation("credit", f"{self.name} holds {len(held)} leases")
         if work is None:
             return
