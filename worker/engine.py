@@ -24,7 +24,8 @@ from penstock.worker.config import (
 )
 from penstock.worker.devices.timeline import Timeline, timeline
 from penstock.worker.failures import device_fault
-from penstock.worker.flights import Flight, Flights
+from penstock.worker.flight import Flight
+from penstock.worker.flights import Flights
 from penstock.worker.pinned import Pins
 from penstock.worker.pipeline import Pipeline
 from penstock.worker.pool import Pool, Scrub, pinned, plain

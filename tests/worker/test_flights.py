@@ -19,7 +19,8 @@ from penstock.broker.protocol import Assign, Code, Error
 from penstock.kernels import kernel
 from penstock.worker.devices.timeline import HostTimeline, Timeline
 from penstock.worker.engine import take_off
-from penstock.worker.flights import Flight, Flights, Landed
+from penstock.worker.flight import Flight
+from penstock.worker.flights import Flights, Landed
 from penstock.worker.pool import Pool
 from penstock.worker.runner import Runner
 
