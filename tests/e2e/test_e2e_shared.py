@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from running import KERNELS, Running, running, until
 
 from penstock.broker.segments import IS_POSSIBLE
@@ -203,11 +203,8 @@ def test_a_client_that_does_not_share(stack: Running, monkeypatch: pytest.Monkey
 
 
 def test_over_tcp_nothing_is_shared(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = min(free.getsockname()[1], 65_000)
     x, run = random_array(1_000_000), Running(folder, EXTRA)
-    run.url = f"tcp://127.0.0.1:{port}"
+    run.url = f"tcp://127.0.0.1:{free_port()}"
     try:
         run.start_broker()
         run.start_worker("w", "--kernels", str(KERNELS))
