@@ -187,11 +187,19 @@ def test_the_supervisor_is_small(supervised: Supervised) -> None:
     assert sum(process.cpu_times()[:2]) - before <= 0.03  # the clock counts in 10 ms
 
 
-def test_sigterm_drains_through_the_supervisor(broker: FakeBroker, start: Start) -> None:
+def test_under_nohup_sighup_is_nothing_and_sigterm_drains_through_the_supervisor(broker: FakeBroker, start: Start) -> None:
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = start(*QUICK)
+    signal.signal(signal.SIGHUP, ours)
     broker.expect(protocol.Ready)
-    broker.send(assign(1, "nap", Block(1, (), (), ()), scalars={"seconds": [0.4]}))
-    broker.wait_until(lambda: any(beat.progress == 0 for _, beat in broker.beats), "a heartbeat")
+    process.send_signal(signal.SIGHUP)
+    for lease in (1, 2):
+        broker.send(assign(lease, "nap", Block(1, (), (), ()), scalars={"seconds": [0.3]}))
+        broker.answers(lease, 1)
+    assert not any(isinstance(message, protocol.Drain) for message in broker.inbox)
+    num_beats = len(broker.beats)
+    broker.send(assign(3, "nap", Block(1, (), (), ()), scalars={"seconds": [0.4]}))
+    broker.wait_until(lambda: len(broker.beats) > num_beats, "a heartbeat")
     process.terminate()
     broker.expect(protocol.Drain)
     broker.send(protocol.Drain())
