@@ -30,12 +30,6 @@ def stack(module_folder: Path) -> Iterator[Running]:
         yield run
 
 
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
-
-
 def plug(ps: Client, seconds: float) -> Task:
     """Keeps the only worker busy; it has begun when this returns."""
     before = ps.status()["workers"][0]["done"]

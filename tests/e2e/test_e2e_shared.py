@@ -41,12 +41,6 @@ def stack(module_folder: Path) -> Iterator[Running]:
         yield run
 
 
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
-
-
 def random_array(num_bytes: int, dtype: str = "uint8") -> np.ndarray:
     data = np.random.default_rng(num_bytes).integers(0, 2, num_bytes, np.uint8)
     return data.view(dtype) if dtype in ("bool", "uint8") else (data[: num_bytes // np.dtype(dtype).itemsize] * 3).astype(dtype)

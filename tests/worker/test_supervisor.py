@@ -1,9 +1,7 @@
 """The process above a worker, with real processes against a fake broker: restarts, hangs, signals, the end."""
 
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,12 +101,10 @@ class Supervised:
 
 
 @pytest.fixture(scope="module")
-def supervised() -> Iterator[Supervised]:
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
-    made = Supervised(folder)
+def supervised(module_folder: Path) -> Iterator[Supervised]:
+    made = Supervised(module_folder)
     yield made
     made.close()
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
