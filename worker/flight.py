@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from penstock.worker.batch import Batch
 from penstock.worker.inputs import Inputs
 from penstock.worker.pipeline import Pipeline
 from penstock.worker.pool import Buffer, Pool
 from penstock.worker.precision import run
-from penstock.worker.runner import Batch
 
 ALIGN_BYTES = 256
 """Where a tensor begins in a buffer, as in CUDA's own allocations."""

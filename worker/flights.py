@@ -12,12 +12,14 @@ import torch
 
 from penstock.broker.columns import Block, view
 from penstock.broker.protocol import Answer, Assign, Error
+from penstock.worker.batch import Batch
+from penstock.worker.clock import Clock
 from penstock.worker.failures import Failure, describe
 from penstock.worker.flight import Flight, Reused
 from penstock.worker.outputs import to_block
 from penstock.worker.pipeline import Pipeline, Times
 from penstock.worker.pool import Buffer, Pool
-from penstock.worker.runner import Batch, Clock, Runner
+from penstock.worker.runner import Runner
 
 log = logging.getLogger("penstock.worker")
 
