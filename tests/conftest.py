@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,22 @@ def repository_root() -> Path:
     return TESTS.parent
 
 
-@pytest.fixture
-def tmp_ipc() -> Iterator[Path]:
-    """A new folder with a short path: ipc socket paths must stay under about 100 bytes, which `tmp_path` exceeds."""
+@contextmanager
+def _short_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tmp_ipc() -> Iterator[Path]:
+    """A new folder with a short path: ipc socket paths must stay under about 100 bytes, which `tmp_path` exceeds."""
+    with _short_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def module_folder() -> Iterator[Path]:
+    """The same for a whole module."""
+    with _short_folder() as folder:
+        yield folder

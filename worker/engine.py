@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from penstock.broker.protocol import Resident
+from penstock.broker.protocol import Answer, Assign, Resident
 from penstock.kernels import RegistryError, registry
 from penstock.worker import devices
+from penstock.worker.batch import run_alone
+from penstock.worker.clock import Clock
 from penstock.worker.config import (
     DeviceFault,
     StartError,
@@ -23,8 +25,9 @@ from penstock.worker.config import (
     parse_scans,
 )
 from penstock.worker.devices.timeline import Timeline, timeline
-from penstock.worker.failures import device_fault
-from penstock.worker.flights import Flight, Flights
+from penstock.worker.failures import Failure, device_fault
+from penstock.worker.flight import Flight
+from penstock.worker.flights import Flights
 from penstock.worker.pinned import Pins
 from penstock.worker.pipeline import Pipeline
 from penstock.worker.pool import Pool, Scrub, pinned, plain
@@ -102,6 +105,10 @@ class Engine:
             devices.known_answer(self.device)
         except torch.OutOfMemoryError as e:
             log.warning("%s has no room for the known-answer test: %s", self.device, e)
+
+    def run(self, assign: Assign, received_at: float) -> tuple[list[Answer], Clock, Failure | None]:
+        """As `run_alone`, of a batch on a device without streams."""
+        return run_alone(self.runner, assign, received_at)
 
     def memory(self) -> dict[str, float]:
         """For heartbeats, whose thread asks: memory, health, and what goes through pools and queue."""

@@ -51,7 +51,7 @@ _HARMLESS_CODES = frozenset({1, 9, 98, 200, 209, 218, 222, 400, 500, 600, 701, 7
 """The same as codes of cudaError_t."""
 _MEMORY_CODE = 2
 MAX_CHAIN = 8
-_OWN_FILES = ("/worker/runner.py", "/worker/streams.py", "/kernels/runtime.py")
+_OWN_FILES = ("/worker/batch.py", "/worker/runner.py", "/worker/streams.py", "/kernels/runtime.py")
 
 
 @dataclass(frozen=True, slots=True)

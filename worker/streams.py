@@ -15,12 +15,13 @@ from penstock.broker.protocol import Answer, Assign, Checkpoint, Code, Error, Wo
 from penstock.kernels import Step
 from penstock.worker import devices
 from penstock.worker.checkpoints import Saver, values_of
+from penstock.worker.clock import Clock
 from penstock.worker.failures import Failure, describe
 from penstock.worker.inputs import Inputs, Plan
 from penstock.worker.link import CheckpointLimits
 from penstock.worker.outputs import to_row
 from penstock.worker.precision import open_task, step
-from penstock.worker.runner import Clock, Runner
+from penstock.worker.runner import Runner
 
 log = logging.getLogger("penstock.worker")
 
@@ -40,7 +41,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The answer of a streaming lease; `fault` as in `Runner.run`, and then perhaps no answer."""
+    """The answer of a streaming lease; `fault` as in `run_alone`, and then perhaps no answer."""
 
     lease: int
     answer: Answer | None

@@ -78,7 +78,8 @@ class Supervisor:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it only ends the wait
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in (signal.SIGTERM, signal.SIGINT, *(() if is_nohup else (signal.SIGHUP,))):
             signal.signal(number, lambda number, frame: self._signals.append(number))
         try:
             yield

@@ -169,7 +169,7 @@ class Work:
         assign, received_at = self._waiting.popleft()
         began = self._clock()
         self._enter_kernel()
-        answers, clock, fault = self.engine.runner.run(assign, received_at)
+        answers, clock, fault = self.engine.run(assign, received_at)
         self.is_in_kernel = False
         self.progress += 1
         self._link.credit.measure((self._clock() - began) * 1e3 - clock.load_ms)

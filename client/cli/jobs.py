@@ -4,6 +4,8 @@ import json
 import string
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -63,8 +65,7 @@ def jobs(
 @app.command()
 def show(context: typer.Context, task: Named, as_json: AsJson = False, url: Url = None) -> int:
     """Show all that is known of one durable task: states, errors, evidence."""
-    with _client(url or context.obj) as client:
-        report = _named(client, task, client.job)
+    report = _act(url or context.obj, task, Client.job)
     if as_json:
         print(json.dumps(report, default=encode))
     else:
@@ -102,8 +103,7 @@ def fetch(
 @app.command()
 def cancel(context: typer.Context, task: Named, url: Url = None) -> int:
     """End a durable task that has not ended."""
-    with _client(url or context.obj) as client:
-        _named(client, task, client.cancel_job)
+    _act(url or context.obj, task, Client.cancel_job)
     print(f"{task} is cancelled")
     return 0
 
@@ -111,16 +111,14 @@ def cancel(context: typer.Context, task: Named, url: Url = None) -> int:
 @app.command()
 def requeue(context: typer.Context, task: Named, url: Url = None) -> int:
     """Run again the rows of a durable task that failed; prints the new id. Its key names the new one."""
-    with _client(url or context.obj) as client:
-        print(_named(client, task, client.requeue))
+    print(_act(url or context.obj, task, Client.requeue))
     return 0
 
 
 @app.command()
 def drop(context: typer.Context, task: Named, url: Url = None) -> int:
     """Forget a durable task that has ended: its result, its errors, its key."""
-    with _client(url or context.obj) as client:
-        _named(client, task, client.drop)
+    _act(url or context.obj, task, Client.drop)
     print(f"{task} is forgotten")
     return 0
 
@@ -139,19 +137,20 @@ def _client(url: str | None) -> Client:
     return Client(url, name="penstock jobs", connect_timeout=QUICK_CONNECT_S)
 
 
+def _act(url: str | None, name: str, method: Callable[..., T]) -> T:
+    """What a method of the client does with the task that is meant."""
+    with _client(url) as client:
+        return _named(client, name, partial(method, client))
+
+
 def _named(client: Client, name: str, act: Callable[..., T]) -> T:
-    """What `act` does with the task that is meant."""
+    """What `act` does with the task that has this id, or this key, which may look like an id, or whose id begins so."""
     digits, has_row, row = name.partition("/")
     is_hex = len(digits) >= MIN_DIGITS and all(digit in string.hexdigits for digit in digits)
-    if is_hex and len(digits) == ID_DIGITS:
-        try:
-            return act(id=name)
-        except UnknownTask:
-            pass  # it may be a key of that form
-    try:
-        return act(key=name)
-    except UnknownTask:
-        found = [job["id"] for job in client.jobs() if is_hex and job["id"].startswith(digits.lower())]
+    for kind in ("id", "key") if is_hex and len(digits) == ID_DIGITS else ("key",):
+        with suppress(UnknownTask):
+            return act(**{kind: name})
+    found = [job["id"] for job in client.jobs() if is_hex and job["id"].startswith(digits.lower())]
     if len(found) == 1:
         return act(id=f"{found[0]}{has_row}{row}")
     if found:

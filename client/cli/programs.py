@@ -26,7 +26,8 @@ examples:
   penstock up --kernels my_kernels.py           kernels of your own, beside the built-in ones
   penstock up --option embed.model=/models/mini an option of a kernel
 
-Ctrl-C lets open tasks finish; a second one ends at once.
+Ctrl-C lets open tasks finish; a second one ends at once. SIGTERM and SIGHUP do the same, so that nothing goes on when the
+terminal is closed, but under nohup. `penstock reload` lets the broker read its settings again.
 """
 
 Devices = Annotated[list[str] | None, typer.Option(metavar="NAME", help="auto, cpu, mps, cuda:0, ...; repeatable")]

@@ -211,6 +211,8 @@ class Up:
         signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
         old: dict[int, Any] = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        if old[signal.SIGHUP] is signal.SIG_IGN:  # under nohup, which is there to outlive the terminal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)  # it only wakes the loop
         return old
 

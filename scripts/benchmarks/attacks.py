@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import zmq
-from stack import Stack
+from stack import Stack, free_port
 
 from penstock.broker.curve import show_key
 from penstock.broker.keys import OwnKey, draw, read_key
@@ -30,13 +30,6 @@ GOALS: Final = {"p99 ratio": 2.0, "failed calls": 0.0, "attacks/s": 0.9 * RATE}
 GREETING: Final = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
 OPEN_AT_ONCE: Final = 64
 LEAD_S: Final = 0.3
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def attack(port: int, key_file: str) -> None:

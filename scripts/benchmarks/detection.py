@@ -9,7 +9,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 from blackhole import TO_FAR, TO_NEAR, Cable, why_not
+from stack import free_port
 
 from penstock.broker.keys import ROLES, KeyFolder
 from penstock.client import Client, PenstockError
@@ -41,17 +41,6 @@ def until(is_true: Callable[[], Any], what: str, began: float, limit_s: float = 
             raise TimeoutError(f"not within {limit_s:.0f} s: {what}")
         time.sleep(0.01)
     return time.monotonic() - began
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port whose successor, for the workers, is free, too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((host, 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind((host, port + 1))
-                return port
 
 
 class Stage:

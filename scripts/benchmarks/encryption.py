@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attacks import free_port
-from stack import Stack
+from stack import Stack, free_port
 from throughput import CALLS_PER_ROUND, call_times, map_rate
 
 from penstock.client import Client

@@ -1,6 +1,8 @@
 """A private broker and workers for a benchmark, started as processes and stopped at the end."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,17 @@ from penstock.broker.keys import ROLES, KeyFolder
 from penstock.client import Client
 
 HERE = Path(__file__).parent
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port whose successor, for the workers, is free, too."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind((host, 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind((host, port + 1))
+                return port
 
 
 class Stack:

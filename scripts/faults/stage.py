@@ -7,7 +7,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import psutil
 from load import END
 from nemesis import BROKER, Fault
 from network import Network, can_have_networks
+from ports import free_port
 
 from penstock.broker.keys import KeyFolder
 
@@ -335,16 +335,6 @@ def mount(folder: Path) -> bool:
 def new_folder() -> Path:
     """With a short path: those of ipc sockets may have about 100 bytes."""
     return Path(tempfile.mkdtemp(prefix="ps-chaos-", dir="/tmp"))
-
-
-def free_port(host: str) -> int:
-    """A port that is free like its successor, outside of the range that the system gives out."""
-    for port in range(20_000 + os.getpid() % 5_000 * 2, 32_000, 2):
-        with socket.socket() as first, socket.socket() as second, suppress(OSError):
-            first.bind((host, port))
-            second.bind((host, port + 1))
-            return port
-    raise OSError("no two free ports")
 
 
 def _end_with_parent() -> Callable[[], None] | None:

@@ -30,6 +30,15 @@ def told(client: FakeClient, run: bytes, rows: int = 2) -> None:
     assert [client.row(run, row).num_finals for row in range(rows)] == [1] * rows
 
 
+def all_told(w: World, runs: list[bytes]) -> None:
+    """All of these, of one row each, are done: a client that submits them again hears it."""
+    client = w.client()
+    for run in runs:
+        submit(client, 1, run_id=run, is_again=True)
+    w.commit()
+    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+
+
 # --- promises ----------------------------------------------------------------------------------------------------------
 
 
@@ -543,11 +552,7 @@ def test_workers_are_not_disturbed_by_a_full_turn_of_restored_tasks() -> None:
     worker: FakeWorker = w.worker(batches=1000)
     worker.finish_all()
     w.commit()
-    client = w.client()
-    for run in runs:
-        submit(client, 1, run_id=run, is_again=True)
-    w.commit()
-    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+    all_told(w, runs)
 
 
 def test_after_a_restart_tasks_are_queued_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,11 +569,7 @@ def test_after_a_restart_tasks_are_queued_in_portions(monkeypatch: pytest.Monkey
     assert worker.sizes() == [25]
     worker.finish()
     w.commit()
-    client = w.client()
-    for run in runs:
-        submit(client, 1, run_id=run, is_again=True)
-    w.commit()
-    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+    all_told(w, runs)
 
 
 # --- a broker that stops -----------------------------------------------------------------------------------------------
@@ -588,11 +589,7 @@ def test_a_stop_waits_for_what_runs_and_for_no_durable_task_that_waits() -> None
     w.restart()
     worker = w.worker(batches=9)
     worker.finish_all()
-    client = w.client()
-    for run in runs:
-        submit(client, 1, run_id=run, is_again=True)
-    w.commit()
-    assert all(client.results(run) == [tag(run, 0)] for run in runs)
+    all_told(w, runs)
 
 
 def test_a_stop_with_nothing_but_waiting_durable_tasks_is_idle_at_once() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgpack
 import pytest
-from broker_process import broker, free_port, wait_for
+from broker_process import broker, wait_for
 from broker_world import World, spec, tag
 from plain_peer import PlainPeer
+from ports import free_port
 
 from penstock.broker import invariants
 from penstock.broker import protocol as p

@@ -17,8 +17,9 @@ import psutil
 import pytest
 import raw_zmtp
 import zmq
-from broker_process import BrokerProcess, broker, free_port, wait_for
+from broker_process import BrokerProcess, broker, wait_for
 from plain_peer import VERSION, PlainPeer
+from ports import free_port
 
 from penstock.broker.keys import KeyFolder, draw, read_key
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import plain_peer
 import psutil
 import pytest
-from broker_process import BrokerProcess, broker, free_port, wait_for
+from broker_process import BrokerProcess, broker, wait_for
 from plain_peer import PlainPeer
+from ports import free_port
 
 
 def status(client: PlainPeer) -> dict[str, object]:

@@ -1,7 +1,9 @@
 """What `penstock up` decides; processes are in tests/e2e."""
 
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,7 @@ from penstock.broker.address import Address, AddressError
 from penstock.broker.settings import SettingsError
 from penstock.client.cli import up
 from penstock.client.cli.children import Child
-from penstock.client.cli.up import UpConfig, broker_command, find_address, worker_command
+from penstock.client.cli.up import Up, UpConfig, broker_command, find_address, worker_command
 
 ADDRESS = Address("ipc:///tmp/x")
 
@@ -21,6 +23,23 @@ def test_pauses_double_and_end_at_a_minute() -> None:
     assert child.restart_at == 68.0
     child.started_at = 1000.0
     assert child.plan_restart(now=1070.0) == 1  # it ran for a minute
+
+
+HANG_UP = "import os, signal; os.kill(os.getppid(), signal.SIGHUP); raise SystemExit(3)"
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["terminal", "nohup"])
+def test_a_terminal_that_closes_stops_it_unless_that_is_to_be_ignored(before: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(up, "broker_command", lambda config: [sys.executable, "-c", HANG_UP])
+    monkeypatch.setattr(up, "worker_command", lambda *args: [sys.executable, "-c", "import time; time.sleep(60)"])
+    said = list[str]()
+    ours = signal.signal(signal.SIGHUP, before)
+    try:
+        assert Up(UpConfig(ADDRESS, devices=("cpu",)), said.append).run() == (0 if before is signal.SIG_DFL else 3)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, ours)
+    assert any("stopping" in line for line in said) == (before is signal.SIG_DFL)
 
 
 def test_where_the_broker_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,22 @@
-"""Folders for real processes: short paths, and what was logged if a test fails."""
+"""What tests with real processes share: a folder, and a client of the module's broker."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from running import Running
 
-
-@pytest.fixture(scope="module")
-def module_folder() -> Iterator[Path]:
-    """A new folder with a short path for a whole module."""
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder)
+from penstock.client import Client
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder(tmp_ipc: Path) -> Path:
     """A new folder with a short path for one test."""
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder)
+    return tmp_ipc
+
+
+@pytest.fixture
+def ps(stack: Running) -> Iterator[Client]:
+    """A client of the broker that the module runs as `stack`."""
+    with stack.client() as client:
+        yield client

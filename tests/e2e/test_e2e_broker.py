@@ -23,12 +23,6 @@ def stack(module_folder: Path) -> Iterator[Running]:
         yield run
 
 
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
-
-
 def test_a_second_broker_on_the_address_is_refused(stack: Running, ps: Client) -> None:
     for command in ("broker", "up"):
         began = time.monotonic()

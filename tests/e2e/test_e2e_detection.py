@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from ports import free_port
 from running import Running, until
 from zmq.utils.monitor import parse_monitor_message
 
@@ -115,7 +116,7 @@ DEAF = "import sys, time, zmq; s = zmq.Context().socket(zmq.PULL); s.rcvhwm = 1;
 @pytest.mark.parametrize("is_flooded", [False, True])
 def test_the_transport_closes_a_connection_that_leads_nowhere(cable: Cable, is_flooded: bool) -> None:
     """Heartbeats see an idle one; they wait behind what is unsent, so that TCP's limit has to see a full one."""
-    endpoint = f"tcp://{cable.far}:{detection.free_port()}"
+    endpoint = f"tcp://{cable.far}:{free_port()}"
     deaf = subprocess.Popen([*cable.inside, sys.executable, "-c", DEAF, endpoint])
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.PUSH)
@@ -151,7 +152,7 @@ def test_the_broker_stands_still(folder: Path, pause_s: float) -> None:
     tally = folder / "tally"
     tally.touch()
     run = Running(folder, {"E2E_TALLY": str(tally)})
-    tcp = f"tcp://127.0.0.1:{detection.free_port()}"
+    tcp = f"tcp://127.0.0.1:{free_port()}"
     kernels = ("--kernels", str(TALLY))
     try:
         broker = run.start_broker("--listen", tcp)

@@ -4,13 +4,13 @@ import asyncio
 import hashlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ports import free_port
 from running import KERNELS, LIMIT_S, Running, until
 
 from penstock.client import AsyncClient, Client, Executor, Unavailable
@@ -22,27 +22,12 @@ PROMPT = {"PENSTOCK_BROKER_HEARTBEAT_MS": "300"}
 """Silence is three heartbeats: these tests wait for it several times."""
 
 
-def free_urls(num: int) -> list[str]:
-    """Addresses on loopback whose ports, and the next ones, are free."""
-    found = list[str]()
-    while len(found) < num:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            found.append(f"tcp://127.0.0.1:{port}")
-    return found
-
-
 class Two(Running):
     """Two brokers that know nothing of each other, and workers and clients that know both."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, {"E2E_DELAY_S": "0.01"})
-        self.urls = free_urls(2)
+        self.urls = [f"tcp://127.0.0.1:{free_port()}" for _ in range(2)]
         self.url = ",".join(self.urls)
 
     def start_at(self, at: int) -> None:

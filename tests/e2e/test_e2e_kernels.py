@@ -26,12 +26,6 @@ def stack(module_folder: Path) -> Iterator[Running]:
         yield run
 
 
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
-
-
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import signal
-import socket
 import statistics
 import time
 import urllib.request
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from running import Running, running, until
 
 from penstock.client import Cancelled, Client, PenstockError, Task
@@ -28,12 +28,6 @@ NUM_TRIES = 3
 def stack(module_folder: Path) -> Iterator[Running]:
     with running(module_folder, "w", broker=ROOM, worker=KERNELS) as run:
         yield run
-
-
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
 
 
 def plug(ps: Client, seconds: float) -> Task:
@@ -199,13 +193,6 @@ def test_a_storm_of_cancels_while_batches_form(stack: Running, ps: Client) -> No
 
 
 # --- looked at and changed while it runs -------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def bins_of(ps: Client) -> set[str]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,25 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from running import CLI, KERNELS, LIMIT_S, Running, until
 
 from penstock.broker.keys import KeyFolder, read_key
 from penstock.client import AsyncClient, Client, NotAuthorised, PenstockError, Unavailable
 
 CONNECT_S = 2.0
-
-
-def free_port() -> int:
-    """A port whose successor is free, too."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 class Site(Running):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from running import KERNELS, Running, running, until
 
 from penstock.broker.segments import IS_POSSIBLE
@@ -39,12 +39,6 @@ with Client(sys.argv[1], name="doomed") as ps:
 def stack(module_folder: Path) -> Iterator[Running]:
     with running(module_folder, "a", "b", extra=EXTRA) as run:
         yield run
-
-
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
 
 
 def random_array(num_bytes: int, dtype: str = "uint8") -> np.ndarray:
@@ -203,11 +197,8 @@ def test_a_client_that_does_not_share(stack: Running, monkeypatch: pytest.Monkey
 
 
 def test_over_tcp_nothing_is_shared(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = min(free.getsockname()[1], 65_000)
     x, run = random_array(1_000_000), Running(folder, EXTRA)
-    run.url = f"tcp://127.0.0.1:{port}"
+    run.url = f"tcp://127.0.0.1:{free_port()}"
     try:
         run.start_broker()
         run.start_worker("w", "--kernels", str(KERNELS))

@@ -19,12 +19,6 @@ def stack(module_folder: Path) -> Iterator[Running]:
         yield run
 
 
-@pytest.fixture
-def ps(stack: Running) -> Iterator[Client]:
-    with stack.client() as client:
-        yield client
-
-
 def flock(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     positions = rng.random((3, 40, 2), dtype=np.float32)

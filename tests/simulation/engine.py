@@ -63,7 +63,7 @@ class Engine:
         self.facts: Mapping[str, Any] = {"device": "simulated"}
         self.specs = [spec(name, max_batch_size) for name in (SHARED, ONCE)]
         plans = {name: SimpleNamespace(is_idempotent=name != ONCE) for name in (SHARED, ONCE)}
-        self.runner = SimpleNamespace(resident={}, run=self.run, plans=plans)
+        self.runner = SimpleNamespace(resident={}, plans=plans)
         self.streams = NoStreams()
         self.pins = SimpleNamespace(unpin=lambda segments: None)
         self.flights = Flights(self, num_slots) if num_slots else None
@@ -84,7 +84,7 @@ class Engine:
         return run
 
     def run(self, assign: Assign, received_at: float) -> tuple[list[Answer], Clock, Any]:
-        """What `Runner.run` gives, at the end of the batch that began before."""
+        """What `Engine.run` gives, at the end of the batch that began before."""
         run, self.current = self.current, None
         assert run is not None
         assert run.assign is assign

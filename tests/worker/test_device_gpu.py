@@ -19,6 +19,7 @@ from test_runner import by_row
 
 from penstock.kernels import Kernel, kernel, registry
 from penstock.worker import devices
+from penstock.worker.batch import run_alone
 from penstock.worker.devices.timeline import timeline
 from penstock.worker.engine import take_off
 from penstock.worker.executor import AsyncDeviceExecutor
@@ -277,7 +278,7 @@ def test_mixed_precision(device: torch.device, precision: str) -> None:
     found = precisions({"squarings": made}, {"squarings": precision}, device)
     runner = Runner({"squarings": made}, device, Path("/tmp"), lambda _: None, precisions=found)
     x = np.eye(64, dtype=np.float32)[None] * 64
-    answers, _, _ = runner.run(assign(1, "squarings", tensor_block(x)), time.perf_counter())
+    answers, _, _ = run_alone(runner, assign(1, "squarings", tensor_block(x)), time.perf_counter())
     assert answers[0].block is not None
     assert answers[0].block.columns[0].dtype == "float32"
     np.testing.assert_allclose(by_row(answers, 1)[0].reshape(64, 64), x[0], rtol=1e-2)

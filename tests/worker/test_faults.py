@@ -13,6 +13,7 @@ from fake_broker import assign, tensor_block
 from penstock.broker.protocol import Answer, Code, Error, Resident
 from penstock.kernels import InvalidInput, kernel, registry
 from penstock.worker import devices, scan
+from penstock.worker.batch import run_alone
 from penstock.worker.config import DeviceFault, WorkerConfig, parse_scans
 from penstock.worker.failures import describe
 from penstock.worker.link import Credit
@@ -134,7 +135,7 @@ def make_runner(*targets: Any, announced: list[Resident] | None = None, scans: d
 
 def run(runner: Runner, name: str, firsts: list[float]) -> tuple[list[Answer], Any]:
     rows = np.array([[first, 0.5] for first in firsts], np.float32)
-    answers, _, fault = runner.run(assign(1, name, tensor_block(rows)), 0.0)
+    answers, _, fault = run_alone(runner, assign(1, name, tensor_block(rows)), 0.0)
     return answers, fault
 
 
@@ -161,12 +162,12 @@ def test_caches_go_before_a_batch_is_split(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Hoarder, "num_calls", 0)
     runner = make_runner(Hoarder)
     rows = np.ones((4, 2), np.float32)
-    answers, clock, _ = runner.run(assign(1, "hoarder", tensor_block(rows)), 0.0)
+    answers, clock, _ = run_alone(runner, assign(1, "hoarder", tensor_block(rows)), 0.0)
     assert [(a.start, a.stop, a.error) for a in answers] == [(0, 4, None)]
     assert Hoarder.num_calls == 2
     assert "num_oom" not in clock.timings(), "the size was not at fault: the broker has nothing to learn"
     rows = np.ones((8, 2), np.float32)
-    answers, clock, _ = runner.run(assign(2, "hoarder", tensor_block(rows)), 0.0)
+    answers, clock, _ = run_alone(runner, assign(2, "hoarder", tensor_block(rows)), 0.0)
     assert [(a.start, a.stop, a.error) for a in answers] == [(0, 4, None), (4, 8, None)]
     assert Hoarder.num_calls == 5, "a cache that has nothing to give is no reason to try again"
     assert clock.timings()["oom_rows"] == 8
@@ -347,7 +348,7 @@ def test_a_warning_counts_and_no_scan_says_nothing() -> None:
     for scans, wanted in (({"spoils": "warn"}, 2), ({}, None)):
         runner = make_runner(spoils, scans=scans)
         rows = np.array([[1, 0.5], [0, 0.5], [2, 0.5]], np.float32)
-        answers, clock, _ = runner.run(assign(1, "spoils", tensor_block(rows)), 0.0)
+        answers, clock, _ = run_alone(runner, assign(1, "spoils", tensor_block(rows)), 0.0)
         assert [(a.start, a.stop, a.error) for a in answers] == [(0, 3, None)]
         assert clock.timings().get("num_not_finite") == wanted
 

@@ -1,7 +1,5 @@
 """On a CUDA device: an assert, an illegal access, a kernel without end and memory that runs out, each contained."""
 
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,12 +51,10 @@ class Device:
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
-    made = Device(folder)
+def device(module_folder: Path) -> Iterator[Device]:
+    made = Device(module_folder)
     yield made
     made.close()
-    shutil.rmtree(folder)
 
 
 def assert_back(device: Device, text: str) -> None:

@@ -17,9 +17,11 @@ from test_runner import by_row, column, make_runner, ragged
 
 from penstock.broker.protocol import Assign, Code, Error
 from penstock.kernels import kernel
+from penstock.worker.batch import run_alone
 from penstock.worker.devices.timeline import HostTimeline, Timeline
 from penstock.worker.engine import take_off
-from penstock.worker.flights import Flight, Flights, Landed
+from penstock.worker.flight import Flight
+from penstock.worker.flights import Flights, Landed
 from penstock.worker.pool import Pool
 from penstock.worker.runner import Runner
 
@@ -89,7 +91,7 @@ def ragged_row(row: np.ndarray) -> Any:
 
 
 def expected(runner: Runner, assigns: list[Assign]) -> dict[int, list[bytes]]:
-    return {a.lease: frames_of(runner.run(a, 0.0)[0]) for a in assigns}
+    return {a.lease: frames_of(run_alone(runner, a, 0.0)[0]) for a in assigns}
 
 
 def frames_of(answers: Any) -> list[bytes]:
@@ -257,7 +259,7 @@ def test_an_input_may_be_returned() -> None:
         landed = fly(flights, [assign(lease, "same", tensor_block(column(lease, 2))) for lease in range(1, 7)])
         runner = make_runner(same)
         for lease, one in landed.items():
-            alone, _, _ = runner.run(assign(lease, "same", tensor_block(column(lease, 2))), 0.0)
+            alone, _, _ = run_alone(runner, assign(lease, "same", tensor_block(column(lease, 2))), 0.0)
             assert frames_of(one.answers) == frames_of(alone)
 
 
@@ -266,7 +268,7 @@ def test_an_input_may_be_returned() -> None:
 )
 def test_outputs_of_all_kinds_are_checked_as_always(x: torch.Tensor) -> None:
     kernels.Returns.values = x
-    alone, _, _ = make_runner(kernels.Returns).run(assign(1, "returns", tensor_block(column(1, 2))), 0.0)
+    alone, _, _ = run_alone(make_runner(kernels.Returns), assign(1, "returns", tensor_block(column(1, 2))), 0.0)
     landed = fly(flying(kernels.Returns), [assign(1, "returns", tensor_block(column(1, 2)))])
     answers = landed[1].answers
     assert answers is not None
@@ -391,7 +393,7 @@ def test_any_mix_of_good_and_bad_has_the_answers_of_one_after_another(plan: list
     runner = make_runner(kernels.picky)
     landed = fly(flying(kernels.picky, num_slots=num_slots + 1), assigns)
     for a, (num_rows, _) in zip(assigns, plan, strict=True):
-        alone = by_row(runner.run(a, 0.0)[0], num_rows + 1)
+        alone = by_row(run_alone(runner, a, 0.0)[0], num_rows + 1)
         flown = rows_of(landed[a.lease], num_rows + 1)
         assert [getattr(r, "message", None) or r.tolist() for r in flown.values()] == [
             getattr(r, "message", None) or r.tolist() for r in alone.values()

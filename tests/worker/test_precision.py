@@ -10,6 +10,7 @@ from fake_broker import assign, tensor_block
 from test_runner import by_row
 
 from penstock.kernels import Kernel, Step, kernel, registry
+from penstock.worker.batch import run_alone
 from penstock.worker.config import StartError, WorkerConfig, parse_precision
 from penstock.worker.precision import Precision, precisions
 from penstock.worker.runner import Runner
@@ -44,7 +45,7 @@ def built(target: Any, precision: str) -> tuple[Runner, Kernel]:
 def run(precision: str, x: np.ndarray) -> tuple[str, np.ndarray]:
     """The dtype that comes back, and the values."""
     runner, _ = built(product, precision)
-    answers, _, _ = runner.run(assign(1, "product", tensor_block(x)), 0.0)
+    answers, _, _ = run_alone(runner, assign(1, "product", tensor_block(x)), 0.0)
     assert answers[0].block is not None, answers[0].error
     rows = by_row(answers, len(x))
     return answers[0].block.columns[0].dtype, np.stack([rows[i] for i in range(len(x))])

@@ -15,6 +15,7 @@ from fake_broker import assign, tensor_block
 from penstock.broker.columns import Column, pack
 from penstock.broker.protocol import Answer, Code, Error, Resident
 from penstock.kernels import Tensor, kernel, registry
+from penstock.worker.batch import run_alone
 from penstock.worker.runner import Runner
 
 
@@ -30,13 +31,13 @@ def column(*firsts: float) -> np.ndarray:
 
 def timings_of(runner: Runner, name: str, *blocks: Any, **fields: Any) -> dict[str, float]:
     """What the answer to a batch says of its times and of what was out of the ordinary."""
-    _, clock, _ = runner.run(assign(1, name, *blocks, **fields), 0.0)
+    _, clock, _ = run_alone(runner, assign(1, name, *blocks, **fields), 0.0)
     return clock.timings()
 
 
 def solve(runner: Runner, name: str, *blocks: np.ndarray, **fields: Any) -> dict[int, Any]:
     """Row -> its values or its error; checks that each row is answered once."""
-    answers, clock, fault = runner.run(assign(1, name, *map(tensor_block, blocks), **fields), 0.0)
+    answers, clock, fault = run_alone(runner, assign(1, name, *map(tensor_block, blocks), **fields), 0.0)
     assert fault is None
     assert all(ms >= 0 for ms in clock.timings().values())
     return by_row(answers, sum(map(len, blocks)))
@@ -58,8 +59,10 @@ def by_row(answers: list[Answer], num_rows: int) -> dict[int, Any]:
 
 
 def test_a_batch_of_several_blocks_has_one_answer() -> None:
-    answers, _, _ = make_runner(kernels.scale).run(
-        assign(1, "scale", tensor_block(column(1, 2)), tensor_block(column(3)), statics={"factor": 3}), 0.0
+    answers, _, _ = run_alone(
+        make_runner(kernels.scale),
+        assign(1, "scale", tensor_block(column(1, 2)), tensor_block(column(3)), statics={"factor": 3}),
+        0.0,
     )
     assert len(answers) == 1
     rows = by_row(answers, 3)
@@ -78,7 +81,7 @@ def test_only_the_guilty_row_of_64_fails(guilty: int) -> None:
             assert row.code == Code.FAILED
             assert row.message == "kernel 'picky': ValueError: the number of the beast"
             assert "worker_kernels.py" in row.detail
-            assert "runner.py" not in row.detail
+            assert "batch.py" not in row.detail
         else:
             assert row.tolist() == [firsts[i] + 1, 1.5]
 
@@ -234,7 +237,7 @@ def test_a_broken_device_ends_the_batch_and_tells(idempotent: bool) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     runner = make_runner(breaks)
-    answers, _, fault = runner.run(assign(1, "breaks", tensor_block(column(1, 2, 3, 4))), 0.0)
+    answers, _, fault = run_alone(runner, assign(1, "breaks", tensor_block(column(1, 2, 3, 4))), 0.0)
     assert fault is not None
     assert runner.num_runs == 1
     if idempotent:
@@ -252,7 +255,7 @@ def test_rows_answered_before_the_device_broke_keep_their_answers() -> None:
             raise RuntimeError("CUDA error: unspecified launch failure")
         return x
 
-    answers, _, fault = make_runner(worse).run(assign(1, "worse", tensor_block(column(1, 2, 3, 4))), 0.0)
+    answers, _, fault = run_alone(make_runner(worse), assign(1, "worse", tensor_block(column(1, 2, 3, 4))), 0.0)
     assert fault is not None
     assert [(a.start, a.stop, a.error) for a in answers] == [(0, 1, None)]
 

@@ -1,9 +1,7 @@
 """The process above a worker, with real processes against a fake broker: restarts, hangs, signals, the end."""
 
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,12 +101,10 @@ class Supervised:
 
 
 @pytest.fixture(scope="module")
-def supervised() -> Iterator[Supervised]:
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
-    made = Supervised(folder)
+def supervised(module_folder: Path) -> Iterator[Supervised]:
+    made = Supervised(module_folder)
     yield made
     made.close()
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +183,19 @@ def test_the_supervisor_is_small(supervised: Supervised) -> None:
     assert sum(process.cpu_times()[:2]) - before <= 0.03  # the clock counts in 10 ms
 
 
-def test_sigterm_drains_through_the_supervisor(broker: FakeBroker, start: Start) -> None:
+def test_under_nohup_sighup_is_nothing_and_sigterm_drains_through_the_supervisor(broker: FakeBroker, start: Start) -> None:
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = start(*QUICK)
+    signal.signal(signal.SIGHUP, ours)
     broker.expect(protocol.Ready)
-    broker.send(assign(1, "nap", Block(1, (), (), ()), scalars={"seconds": [0.4]}))
-    broker.wait_until(lambda: any(beat.progress == 0 for _, beat in broker.beats), "a heartbeat")
+    process.send_signal(signal.SIGHUP)
+    for lease in (1, 2):
+        broker.send(assign(lease, "nap", Block(1, (), (), ()), scalars={"seconds": [0.3]}))
+        broker.answers(lease, 1)
+    assert not any(isinstance(message, protocol.Drain) for message in broker.inbox)
+    num_beats = len(broker.beats)
+    broker.send(assign(3, "nap", Block(1, (), (), ()), scalars={"seconds": [0.4]}))
+    broker.wait_until(lambda: len(broker.beats) > num_beats, "a heartbeat")
     process.terminate()
     broker.expect(protocol.Drain)
     broker.send(protocol.Drain())

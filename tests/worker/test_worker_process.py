@@ -2,11 +2,9 @@
 
 import itertools
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,12 +64,10 @@ class Shared:
 
 
 @pytest.fixture(scope="module")
-def one_worker() -> Iterator[Shared]:
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp"))
-    made = Shared(folder)
+def one_worker(module_folder: Path) -> Iterator[Shared]:
+    made = Shared(module_folder)
     yield made
     made.close()
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
