@@ -14,10 +14,11 @@ from fake_memory import FakeHost
 
 from penstock.broker import invariants
 from penstock.broker import protocol as p
-from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
+from penstock.broker.columns import Block, pack
 from penstock.broker.config import BrokerConfig
 from penstock.broker.core import Copied, Core, Event, KeyList, PeerLost, ProcessEnded, Received, Turn
 from penstock.broker.durable import DurableJournal
+from penstock.broker.layout import FRAMED_ROW_BYTES, Column
 from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.scheduling.prediction import BatchLoad, Predictor

@@ -9,8 +9,9 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, echo_block, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
 from penstock.broker.kept import ACKED, STARTED, UNTIMED, noted, outcome_of
+from penstock.broker.layout import Column
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import MemoryStore
