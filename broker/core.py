@@ -14,6 +14,7 @@ from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Copied, Event, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.journal import Journal
 from penstock.broker.leases import Leases
 from penstock.broker.metrics import Metrics, NoMetrics
@@ -27,7 +28,7 @@ from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
 from penstock.broker.storage.records import Put, Write
 from penstock.broker.tasks import EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece
-from penstock.broker.wire import Message, ProtocolError, record
+from penstock.broker.wire import ProtocolError
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
@@ -35,62 +36,6 @@ KEYED = ("client:", "admin:")
 """How the principals of clients with a key begin."""
 MAX_BOUND_PER_TURN = 4096
 """Submissions that waited for a kernel, enough for the largest batch: after a restart there may be a million of them."""
-
-
-@record
-class Received:
-    """A message of the protocol. `pid` is the peer's process where the kernel vouches for it, else 0."""
-
-    side: str
-    route: Route
-    principal: str
-    message: Message
-    pid: int = 0
-
-
-@record
-class Malformed:
-    """Bytes that are no message."""
-
-    side: str
-    route: Route
-    reason: str
-
-
-@record
-class PeerLost:
-    """Nobody is at this address any more."""
-
-    side: str
-    route: Route
-
-
-@record
-class ProcessEnded:
-    """The kernel says that a process has ended: a worker's, or that of a client that shares memory."""
-
-    pid: int
-
-
-@record
-class Turn:
-    """Everything that had arrived is taken in: expire, sweep, form batches."""
-
-
-@record
-class Stop:
-    """Take nothing new; what is open may finish."""
-
-
-@record
-class Copied:
-    """A backup of the journal has ended; `error` is empty if it was made."""
-
-    folder: str
-    error: str
-
-
-Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop | Copied
 
 
 class KeyList(Protocol):

@@ -19,9 +19,10 @@ from penstock.broker.address import Address, connection_file, remove_connection,
 from penstock.broker.columns import Buffer
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
-from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
+from penstock.broker.core import Core
 from penstock.broker.door import AlreadyRunning, Door
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Copied, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.failpoints import ARMED, hit, hit_message
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
 from penstock.broker.gate import Gate

@@ -16,8 +16,9 @@ from penstock.broker import invariants
 from penstock.broker import protocol as p
 from penstock.broker.columns import Block, pack
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Copied, Core, Event, KeyList, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.core import Core, KeyList
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Copied, Event, PeerLost, ProcessEnded, Received, Turn
 from penstock.broker.layout import FRAMED_ROW_BYTES, Column
 from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig

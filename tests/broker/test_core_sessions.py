@@ -5,7 +5,7 @@ from broker_world import World, spec
 
 from penstock.broker import promises
 from penstock.broker import protocol as p
-from penstock.broker.core import Malformed, Stop, Turn
+from penstock.broker.events import Malformed, Stop, Turn
 from penstock.broker.storage.store import MemoryStore
 from penstock.broker.wire import ProtocolError, decode, encode
 

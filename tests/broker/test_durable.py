@@ -4,7 +4,7 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded, Stop
+from penstock.broker.events import ProcessEnded, Stop
 from penstock.broker.retention import ENTRY_BYTES
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.store import MemoryStore

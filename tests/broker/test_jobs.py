@@ -6,7 +6,7 @@ import pytest
 from broker_world import FakeClient, World, blob_rows, spec, tag
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded
+from penstock.broker.events import ProcessEnded
 from penstock.broker.retention import ENTRY_BYTES
 from penstock.broker.storage.store import MemoryStore
 

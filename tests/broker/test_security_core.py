@@ -6,7 +6,8 @@ import pytest
 from broker_world import World, spec
 
 from penstock.broker import protocol as p
-from penstock.broker.core import Core, Received
+from penstock.broker.core import Core
+from penstock.broker.events import Received
 from penstock.broker.scheduling.quotas import Quotas, parse_rules
 from penstock.broker.settings import SettingsError
 from penstock.broker.storage.store import MemoryStore

@@ -10,7 +10,7 @@ from fake_memory import FakeHost, Memory
 
 from penstock.broker import protocol as p
 from penstock.broker.columns import Block, pack
-from penstock.broker.core import ProcessEnded
+from penstock.broker.events import ProcessEnded
 from penstock.broker.layout import Column
 from penstock.broker.shared import SharedBytes
 
