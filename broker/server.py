@@ -103,7 +103,7 @@ class Server:
         self._lock: Any = None
         self._context = zmq.Context()
         self._gate = Gate(self._context, keys, self.core.state.counters) if wants_keys else None
-        self.core.gate = self._gate
+        self.core.operators.gate = self._gate
         self._doors: list[Door] = []
         self._owners: dict[Any, Callable[[], None]] = {}
         self._types = {FRONT: FROM_CLIENT, BACK: FROM_WORKER}
@@ -304,7 +304,7 @@ class Server:
                 self._handle(ProcessEnded(pid))
         if self._signals.take_reload():
             self._notifier.reloading()
-            self.core.reload(time.monotonic())
+            self.core.operators.reload(time.monotonic())
             self._notifier.ready(self._status())
         self._handle(Turn())
         self._responder.sweep(started)
