@@ -298,6 +298,7 @@ class Server:
         """Nobody is there to take it."""
         self._handle(PeerLost(action.side, action.route))
 
+
 def _journal(config: BrokerConfig, now: float) -> Journal:
     if config.journal == "memory":
         return Journal(config.dedup_window_s, config.dedup_bytes)
