@@ -1,50 +1,28 @@
-"""How rows of tensors and blobs lie in frames: the `Column` and the `Block`.
+"""How rows of tensors and blobs lie in frames: the `Block`, and what is done with blocks.
 
-Knows byte layout only: descriptors, strides, slicing, joining. Does not know messages, tasks, numpy or torch.
+Knows byte layout only: strides, slicing, joining. Does not know how columns are described (`layout.py`), messages, tasks,
+numpy or torch.
 
-A block holds `num_rows` rows of some columns. Column by column, all rows of the *packed* columns lie one after the other
-in the first frame; a *framed* column (rows of 64 KiB and more) has one frame per row after it, or a descriptor of where the row
-lies in shared memory (`shared.py`). A row is either of fixed
-shape (`lengths` is None) or *ragged*: its dimension 0 is in the lengths column and `shape` holds the others. Text and
-bytes are ragged columns of one-byte items.
+A block holds `num_rows` rows of some columns. Column by column, all rows of the packed columns lie one after the other in the
+first frame; a framed column has one frame per row after it, or a descriptor of where the row lies in shared memory
+(`shared.py`).
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
-import msgpack
 import zmq
 
 from penstock.broker import shared
+from penstock.broker.layout import MAX_ITEMS, Column, Layout, LayoutError, Lengths
 from penstock.broker.shared import SharedBytes
-
-ITEM_BYTES = {
-    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
-    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
-    "str": 1, "bytes": 1,
-}  # fmt: skip
-BLOBS = frozenset(("str", "bytes"))
-FRAMED_ROW_BYTES = 64 * 1024
-MAX_COLUMNS = 64
-MAX_RANK = 8
-MAX_NAME = 64
-MAX_LAYOUT_BYTES = 8192
-MAX_ITEMS = 1 << 44
-"""Of a row, dimensions of 0 left out: no array may be of a shape that cannot be counted, not even an empty one."""
-MAX_INTERNED = 4096
 
 Buffer = bytes | bytearray | memoryview | zmq.Frame
 Stored = Buffer | SharedBytes
 """What a block's frames are: bytes that travel, or a reference."""
 _HAS_BUFFER = (zmq.Frame, SharedBytes)
-Lengths = Sequence[int] | None
-
-
-class LayoutError(ValueError):
-    """The descriptors and the frames of a block do not fit together."""
 
 
 def view(frame: Stored) -> Any:
@@ -54,75 +32,6 @@ def view(frame: Stored) -> Any:
 
 def frame_bytes(frame: Stored) -> int:
     return len(frame) if not isinstance(frame, memoryview) else frame.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One input or output of every row. `shape` is a row's shape, without dimension 0 when it is ragged."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...] = ()
-    is_ragged: bool = False
-    is_framed: bool = False
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of a row, or of one step of dimension 0 when it is ragged."""
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
-
-
-class Layout:
-    """The columns of a block, interned: equal columns are the same object, and what follows from them is worked out once.
-
-    `packed` is the wire's form, msgpack of [[name, dtype, shape, is_ragged, is_framed], ...].
-    """
-
-    __slots__ = ("columns", "has_packed", "is_plain", "item_bytes", "no_lengths", "num_framed", "packed")
-
-    def __init__(self, columns: tuple[Column, ...]) -> None:
-        self.columns = columns
-        self.item_bytes = tuple(c.item_bytes for c in columns)
-        self.num_framed = sum(c.is_framed for c in columns)
-        self.has_packed = self.num_framed < len(columns)
-        self.no_lengths = (None,) * len(columns)
-        self.is_plain = len(columns) == 1 and not columns[0].is_framed and not columns[0].is_ragged
-        """One packed column of fixed shape: the case that is worth a short cut."""
-        described = [[c.name, c.dtype, c.shape, c.is_ragged, c.is_framed] for c in columns]
-        self.packed: bytes = msgpack.packb(described)
-
-    @classmethod
-    def of(cls, columns: tuple[Column, ...]) -> "Layout":
-        found = _BY_COLUMNS.get(columns)
-        return found if found is not None else _intern(cls(columns))
-
-    @classmethod
-    def parse(cls, packed: Any) -> "Layout":
-        """The layout behind the wire's form.
-
-        Raises:
-            LayoutError: it is none.
-        """
-        found = _BY_BYTES.get(packed) if type(packed) is bytes else None
-        if found is not None:
-            return found
-        made = cls.of(tuple(_parse_columns(packed)))
-        if len(_BY_BYTES) >= MAX_INTERNED:
-            _BY_BYTES.clear()
-        _BY_BYTES[packed] = made  # a peer may pack the same columns in other bytes
-        return made
-
-
-_BY_COLUMNS: dict[tuple[Column, ...], Layout] = {}
-_BY_BYTES: dict[bytes, Layout] = {}
-
-
-def _intern(layout: Layout) -> Layout:
-    if len(_BY_BYTES) >= MAX_INTERNED:  # equality of layouts does not hang on identity, only speed does
-        _BY_COLUMNS.clear()
-        _BY_BYTES.clear()
-    _BY_COLUMNS[layout.columns] = _BY_BYTES[layout.packed] = layout
-    return layout
 
 
 class Block:
@@ -259,7 +168,7 @@ class Block:
         layout = Layout.parse(described[1])
         lengths: Sequence[Lengths] = layout.no_lengths
         if len(described) > 2 and not (len(described) == 4 and described[2] is None):
-            lengths = _parse_lengths(described[2], layout, num_rows)
+            lengths = layout.parse_lengths(described[2], num_rows)
         block = cls(num_rows, layout, lengths, ())
         num_frames = block.num_frames
         if len(described) == 4:
@@ -304,51 +213,6 @@ class Block:
                     size = frame_bytes(self.frames[self.frame_index(i, row)])
                     if size != self.row_bytes(i, row):
                         raise LayoutError(f"row {row} of {column.name!r} has {size} bytes, not as declared")
-
-
-def _parse_columns(packed: Any) -> list[Column]:
-    if type(packed) is not bytes or len(packed) > MAX_LAYOUT_BYTES:
-        raise LayoutError(f"a layout is msgpack in at most {MAX_LAYOUT_BYTES} bytes")
-    try:
-        described = msgpack.unpackb(packed, max_array_len=MAX_COLUMNS)
-    except (ValueError, msgpack.UnpackException, RecursionError) as e:
-        raise LayoutError(f"a layout is not msgpack as it should be: {type(e).__name__}") from e
-    if not isinstance(described, list) or len(described) > MAX_COLUMNS:
-        raise LayoutError(f"columns must be a list of at most {MAX_COLUMNS}")
-    columns = [_parse_column(c) for c in described]
-    if len({c.name for c in columns}) != len(columns):
-        raise LayoutError("two columns have the same name")
-    return columns
-
-
-def _parse_column(described: Any) -> Column:
-    if not (isinstance(described, list) and len(described) == 5):
-        raise LayoutError("a column is [name, dtype, shape, is_ragged, is_framed]")
-    name, dtype, shape, is_ragged, is_framed = described
-    if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME):
-        raise LayoutError(f"a column's name has 1 to {MAX_NAME} characters")
-    if not (isinstance(dtype, str) and dtype in ITEM_BYTES):
-        raise LayoutError(f"dtype of {name!r} must be one of {', '.join(ITEM_BYTES)}")
-    if not (isinstance(shape, list) and len(shape) <= MAX_RANK and _are_counts(shape)):
-        raise LayoutError(f"shape of {name!r} must be at most {MAX_RANK} counts")
-    if math.prod(n or 1 for n in shape) > MAX_ITEMS:
-        raise LayoutError(f"rows of {name!r} have more than {MAX_ITEMS} items, or would with no dimension of 0")
-    if type(is_ragged) is not bool or type(is_framed) is not bool or (dtype in BLOBS and (shape or not is_ragged)):
-        raise LayoutError(f"column {name!r} is malformed")
-    return Column(name, dtype, tuple(shape), is_ragged, is_framed)
-
-
-def _parse_lengths(described: Any, layout: Layout, num_rows: int) -> list[Lengths]:
-    if not (isinstance(described, list) and len(described) == len(layout.columns)):
-        raise LayoutError("lengths are one list or nil per column")
-    for column, lengths in zip(layout.columns, described, strict=True):
-        if lengths is not None and not (isinstance(lengths, list) and len(lengths) == num_rows and _are_counts(lengths)):
-            raise LayoutError(f"lengths of {column.name!r} must be one count per row")
-    return described
-
-
-def _are_counts(values: list[Any]) -> bool:
-    return all(type(v) is int and 0 <= v < 1 << 48 for v in values)
 
 
 def any_shared(blocks: Iterable[Block | None]) -> bool:

@@ -1,112 +1,36 @@
 """The broker's core: events in, actions out. No socket, clock, thread or randomness inside.
 
 `handle` takes one event at one time and returns what must be sent. Batches are formed at `Turn`, after everything that had
-arrived was taken in, so that they are as full as they can be (late binding).
+arrived was taken in, so that they are as full as they can be (late binding). Knows the order in which things are done; what is
+done is its parts' business.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import Any, Protocol
 
-from penstock.broker import reports
 from penstock.broker.clients import Clients
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration
 from penstock.broker.dispatch import Dispatch
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Copied, Event, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.journal import Journal
 from penstock.broker.leases import Leases
 from penstock.broker.metrics import Metrics, NoMetrics
+from penstock.broker.operators import Operators
 from penstock.broker.protocol import Code, Error, Fault, Goodbye
-from penstock.broker.scheduling.events import Event as SchedulingEvent
-from penstock.broker.scheduling.overload import CoDel
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.sessions import Route
-from penstock.broker.settings import SettingsError
 from penstock.broker.sharing import HostMemory
 from penstock.broker.state import BACK, FRONT, BrokerState, Send
 from penstock.broker.storage.records import Put, Write
 from penstock.broker.tasks import EXPIRED, FAILED, LEASED, QUEUED, Lease, Piece
-from penstock.broker.wire import Message, ProtocolError, record
+from penstock.broker.wire import ProtocolError
 from penstock.broker.workers import Workers
 
 SWEEP_S = 0.5
-KEYED = ("client:", "admin:")
-"""How the principals of clients with a key begin."""
 MAX_BOUND_PER_TURN = 4096
 """Submissions that waited for a kernel, enough for the largest batch: after a restart there may be a million of them."""
-
-
-@record
-class Received:
-    """A message of the protocol. `pid` is the peer's process where the kernel vouches for it, else 0."""
-
-    side: str
-    route: Route
-    principal: str
-    message: Message
-    pid: int = 0
-
-
-@record
-class Malformed:
-    """Bytes that are no message."""
-
-    side: str
-    route: Route
-    reason: str
-
-
-@record
-class PeerLost:
-    """Nobody is at this address any more."""
-
-    side: str
-    route: Route
-
-
-@record
-class ProcessEnded:
-    """The kernel says that a process has ended: a worker's, or that of a client that shares memory."""
-
-    pid: int
-
-
-@record
-class Turn:
-    """Everything that had arrived is taken in: expire, sweep, form batches."""
-
-
-@record
-class Stop:
-    """Take nothing new; what is open may finish."""
-
-
-@record
-class Copied:
-    """A backup of the journal has ended; `error` is empty if it was made."""
-
-    folder: str
-    error: str
-
-
-Event = Received | Malformed | PeerLost | ProcessEnded | Turn | Stop | Copied
-
-
-class KeyList(Protocol):
-    """Who may connect with a key, kept by the shell."""
-
-    def reload(self) -> frozenset[str]:
-        """Read it again: the principals whose keys are allowed no more. Raises ValueError: it cannot be used."""
-        ...
-
-    def allows(self, principal: str) -> bool:
-        """Whether some key of a principal, which has one, is allowed."""
-        ...
-
-    def report(self) -> dict[str, Any]:
-        """For status."""
-        ...
 
 
 class Core:
@@ -130,21 +54,21 @@ class Core:
         operators: Collection[str] = (),
         memory: HostMemory | None = None,
     ) -> None:
-        self.pid = pid
-        self.gate: KeyList | None = None
-        self._operators = operators
-        self._configuration = configuration
         if policy is None:
             policy = PullPolicy(configuration.current.scheduling if configuration is not None else None)
         journal = journal or Journal(config.dedup_window_s, config.dedup_bytes)
         self.state = BrokerState(config, epoch, now, policy, journal, metrics or NoMetrics(), memory)
         if configuration is not None:
             self.state.quotas.replace(configuration.current.clients)
-        self.clients = Clients(self.state, self._cancel_lease, self._is_settled, self.report, self._control, self._may_operate)
+        self.operators = Operators(self.state, operators, configuration, self._is_settled, pid)
+        theirs = (self.operators.report, self.operators.control, self.operators.may_control)
+        self.clients = Clients(self.state, self._cancel_lease, self._is_settled, *theirs)
         self.leases = Leases(self.state, self.clients)
         self.dispatch = Dispatch(self.state, self.leases.assign, self._give_up)
         self.leases.dispatch = self.dispatch
         self.workers = Workers(self.state, self.leases, self.dispatch)
+        self.operators.clients, self.operators.workers = self.clients, self.workers
+        self.operators.dispatch = self.dispatch
         self._swept_at = self._turned_at = now
         self._has_more = False
 
@@ -165,7 +89,7 @@ class Core:
                 self.workers.lose_process(event.pid, now)
                 self.clients.lose_process(event.pid)
             case Stop():
-                self._stop()
+                self.state.is_draining = True
             case Copied():
                 self.clients.jobs.copied(event.folder, event.error)
         actions, self.state.actions = self.state.actions, []
@@ -197,7 +121,7 @@ class Core:
         num_open = len(open_ones)
         while open_ones:  # what was read goes as soon as it is taken up: a million need no place twice
             self.clients.absent.restore(journal, open_ones.popleft(), now)
-        self._disown(now)
+        self.operators.disown(now)
         return num_open
 
     def take_writes(self) -> list[Write]:
@@ -224,7 +148,7 @@ class Core:
             self._refuse_unknown(now)
             regression = self.dispatch.maintain(now)
             if regression is not None:
-                self._roll_back(regression, now)
+                self.operators.roll_back(regression, now)
         self._has_more = not self._is_done_giving and self.dispatch.run(now)
         self.state.sharing.flush()
 
@@ -273,10 +197,7 @@ class Core:
             return sweep_at if first is None else min(first, sweep_at)
         return first
 
-    # --- operators -------------------------------------------------------------------------------------------------
-
-    def _stop(self) -> None:
-        self.state.is_draining = True
+    # --- the end ---------------------------------------------------------------------------------------------------
 
     @property
     def _is_done_giving(self) -> bool:
@@ -295,116 +216,3 @@ class Core:
         return [Send(FRONT, r, goodbye) for r in self.clients.by_route] + [
             Send(BACK, r, goodbye) for r in self.workers.by_route
         ]
-
-    def _may_operate(self, principal: str) -> bool:
-        return principal in self._operators or principal.startswith("admin:")
-
-    def _control(self, principal: str, op: str, target: str, now: float) -> Error | None:
-        if not self._may_operate(principal):
-            self.state.counters["refused_not_authorised"] += 1
-            text = f"{principal} may not control this broker: that is for its own user, and for keys of the role admin"
-            return Error(Code.NOT_AUTHORISED, text)
-        if op == "reload":
-            return self.reload(now)
-        if op != "drain":
-            return Error(Code.INVALID, f"unknown control {op!r}; there are: drain, reload, requeue, cancel, drop, backup")
-        for worker in self.workers.by_secret.values():
-            if worker.name == target:
-                self.workers.drain(worker)
-                return None
-        names = ", ".join(sorted(w.name for w in self.workers.by_secret.values())) or "none"
-        return Error(Code.INVALID, f"no worker is called {target!r}; workers: {names}")
-
-    # --- configuration ---------------------------------------------------------------------------------------------
-
-    def reload(self, now: float) -> Error | None:
-        """Read keys and settings again and go by them; the last good ones of each stay if they cannot be used."""
-        keys_error = self._reload_keys(now)
-        settings_error = self._reload_settings(now)
-        return keys_error or settings_error
-
-    def _reload_keys(self, now: float) -> Error | None:
-        """A revoked key is out at once, whatever the settings are like and whether they are rolled back."""
-        if self.gate is None:
-            return None
-        try:
-            gone = self.gate.reload()
-        except ValueError as e:
-            self.state.events.add(SchedulingEvent(now, "reload_refused", "keys", str(e)))
-            return Error(Code.INVALID, f"the keys stay as they are: {e}")
-        self.clients.expel(gone)
-        self._disown(now)
-        self.workers.expel(gone, now)
-        return None
-
-    def _disown(self, now: float) -> None:
-        """Durable tasks of those whose key was revoked, perhaps while no broker ran, do not go on without them."""
-        for session in self.clients.absent.sessions():
-            principal = session.principal
-            if self.gate is None or not principal.startswith(KEYED) or not session.runs or self.gate.allows(principal):
-                continue
-            num_rows = session.used_rows - session.returned_rows
-            text = f"{num_rows} durable tasks end: its key is revoked"
-            self.state.events.add(SchedulingEvent(now, "disowned", principal, text))
-            error = Error(Code.NOT_AUTHORISED, f"the key of {principal} was revoked while this task was open")
-            self.clients.close(session, error)
-
-    def _reload_settings(self, now: float) -> Error | None:
-        if self._configuration is None:
-            return Error(Code.INVALID, "this broker was started without a configuration to read again")
-        try:
-            changes = self._configuration.reload(now)
-        except SettingsError as e:
-            self.state.events.add(SchedulingEvent(now, "reload_refused", "configuration", str(e)))
-            return Error(Code.INVALID, f"the settings stay as they are: {e}")
-        if changes:
-            self._reconfigure("reloaded", changes, now)
-            self.dispatch.reconfigured(now)
-        return None
-
-    def _roll_back(self, reason: str, now: float) -> None:
-        changes = self._configuration.roll_back(reason, now) if self._configuration is not None else []
-        if changes:
-            self._reconfigure("rolled_back", changes, now)
-
-    def _reconfigure(self, what: str, changes: list[str], now: float) -> None:
-        """Go by the current settings from now on."""
-        assert self._configuration is not None
-        state, current = self.state, self._configuration.current
-        state.events.add(SchedulingEvent(now, what, "configuration", "; ".join(changes)))
-        state.config = current.broker
-        if current.scheduling.wait_budgets_s() != state.policy.config.wait_budgets_s():
-            state.codel = CoDel(current.scheduling.wait_budgets_s())
-        for piece in state.policy.reconfigure(current.scheduling):
-            state.ledger.push(piece)
-        state.quotas.replace(current.clients)
-        for account in state.policy.accounts:
-            state.policy.accounts.reweigh(account, state.quotas.rules(account.name).weight)
-
-    def report(self, now: float) -> dict[str, Any]:
-        """The body of `status`."""
-        state = self.state
-        return {
-            "pid": self.pid,
-            "epoch": state.epoch,
-            "uptime_s": now - state.started_at,
-            "is_ready": any(w.is_ready for w in self.workers.by_route.values()),
-            "is_settled": self._is_settled(now),
-            "is_draining": state.is_draining,
-            "num_clients": len(self.clients), "num_clients_away": len(self.clients) - len(self.clients.by_route),
-            "tasks": {
-                "open": state.ledger.num_open, "open_bytes": state.ledger.open_bytes,
-                "checkpoint_bytes": state.ledger.saved_bytes,
-                "queued": state.ledger.num_rows["queued"], "leased": state.ledger.num_rows["leased"],
-                **state.ledger.outcomes,
-            },
-            "tasks_per_s": state.finish_rate.at(now),
-            "queues": reports.of_queues(state.policy),
-            **reports.of_scheduling(state, now),
-            "workers": self.workers.report(),
-            "kernels": {name: dict(spec.wire) for name, spec in state.kernels.known.items()},
-            "shared": state.sharing.report(),
-            "counters": dict(state.counters),
-            **({} if self.gate is None else {"security": self.gate.report()}),
-            **({} if self._configuration is None else {"config": self._configuration.report(now)}),
-        }  # fmt: skip

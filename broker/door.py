@@ -4,6 +4,7 @@ Knows socket options and where a peer's name comes from: on ipc from the kernel,
 a peer says of itself in its handshake counts for nothing. Does not know messages.
 """
 
+import fcntl
 import os
 from collections import Counter
 from typing import Any, Final
@@ -25,6 +26,22 @@ _SRCFD: Final = int(zmq.SRCFD)
 
 class AlreadyRunning(RuntimeError):
     """Another broker owns the address."""
+
+
+def lock(address: Address) -> Any:
+    """Take an ipc address, for as long as the file that comes back is open: a second bind of its path would silently steal it.
+
+    Raises:
+        AlreadyRunning: another broker has it.
+    """
+    address.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    f = open(address.folder / "broker.lock", "w")  # noqa: SIM115 - held for the life of the process
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        f.close()
+        raise AlreadyRunning(f"a broker is already running at {address.url}") from e
+    return f
 
 
 class Door:

@@ -4,12 +4,12 @@ Knows what is in a record only by name (`kept.py`), no files (`storage/`), no se
 is given.
 """
 
-from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
-from penstock.broker.journal import About, Entry, Journal, Key, bytes_of
+from penstock.broker.index import MAX_NAMES, Index
+from penstock.broker.journal import About, Entry, Journal, bytes_of
 from penstock.broker.kept import (
     DIED,
     OF_OUTCOME,
@@ -27,14 +27,10 @@ from penstock.broker.kept import (
     taken,
 )
 from penstock.broker.protocol import ID_BYTES, Outcome
-from penstock.broker.scheduling.quotas import may_have_more
+from penstock.broker.retention import Retention
 from penstock.broker.storage.records import Erase, Put
 from penstock.broker.tasks import Piece, Run, Saved
 
-MAX_NAMES = 16
-"""Ids by which a task is known beside its key."""
-ENTRY_BYTES = 1024
-"""What a task that is kept takes beside its payload, in memory and on disk, about."""
 SAVED_BYTES_PER_S = 8 << 20
 """What checkpoints may write, on average: acceptances and outcomes wait behind them for the same disk."""
 
@@ -42,12 +38,14 @@ SAVED_BYTES_PER_S = 8 << 20
 class DurableJournal(Journal):
     """A journal whose durable tasks survive the broker: they have records, and outcomes stay until they are acknowledged.
 
-    An entry that has a number is open, then kept, then known as one without is; at each step less of it stays on disk.
+    An entry that has a number is open, then retained, then known as one without is; at each step less of it stays on disk.
 
     Args:
         result_ttl_s, max_result_bytes: how long, and how much in all, outcomes nobody has acknowledged are kept; past the
             bytes no durable task is taken. What they answer counts with them.
         wall_offset_s: wall clock - monotonic clock.
+    Attributes:
+        retained: what is over, with outcomes that nobody has acknowledged.
     """
 
     is_durable = True
@@ -56,17 +54,11 @@ class DurableJournal(Journal):
         self, window_s: float, max_bytes: int, result_ttl_s: float, max_result_bytes: int, wall_offset_s: float = 0.0
     ) -> None:
         super().__init__(window_s, max_bytes)
-        self.num_kept_bytes = 0
-        self._kept_bytes_of = Counter[str]()
-        self._result_ttl_s = result_ttl_s
-        self._max_result_bytes = max_result_bytes
+        self.retained = Retention(result_ttl_s, max_result_bytes)
+        self._index = Index()
         self._wall_offset_s = wall_offset_s
         self._last = 0
         self._save_at = float("-inf")
-        self._kept: OrderedDict[Key, Entry] = OrderedDict()
-        self._names: dict[Key, Entry] = {}
-        self._over: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
-        self._failed: defaultdict[str, dict[bytes, Entry]] = defaultdict(dict)
 
     # --- what happens to a task ------------------------------------------------------------------------------------
 
@@ -74,11 +66,7 @@ class DurableJournal(Journal):
         """See `Journal`."""
         if not self.has_room:
             return "the disk of the broker's journal is almost full"
-        if self.num_kept_bytes > self._max_result_bytes:
-            return "too many results wait to be fetched: acknowledge or drop some"
-        if not may_have_more(self._kept_bytes_of[principal], self.num_kept_bytes, self._max_result_bytes):
-            return "too many of your results wait to be fetched: acknowledge or drop some"
-        return None
+        return self.retained.refusal(principal)
 
     def accept(self, principal: str, key: bytes, digest: bytes, run: Run) -> Entry:
         """See `Journal`."""
@@ -86,7 +74,7 @@ class DurableJournal(Journal):
         if run.is_durable:
             self._last += 1
             entry.number = run.number = self._last
-            self._name(entry, run.id)
+            self._index.name(entry, run.id)
             deadline = None if run.deadline == float("inf") else run.deadline + self._wall_offset_s
             arrived, request = run.arrived + self._wall_offset_s, run.request
             if request.block.layout.num_framed and request.block.has_shared:  # it is lent for as long as the task is open
@@ -97,17 +85,8 @@ class DurableJournal(Journal):
 
     def also_known_as(self, entry: Entry, run_id: bytes) -> None:
         """See `Journal`."""
-        if entry.number and self._name(entry, run_id):
+        if entry.number and self._index.name(entry, run_id):
             self.writes.append(named(entry.number, run_id))
-
-    def _name(self, entry: Entry, run_id: bytes) -> bool:
-        """Whether this is a new id of a task; most have none but their key."""
-        name = entry.key[0], run_id
-        if name == entry.key or self._names.get(name) is entry or len(entry.names) >= MAX_NAMES:
-            return False
-        self._names[name] = entry
-        entry.names += (run_id,)
-        return True
 
     def locate(self, principal: str, run_id: bytes | None, key: bytes | None, now: float) -> Entry | None:
         """A durable task by its key, else by its id, which is the key of one that was given none."""
@@ -115,8 +94,8 @@ class DurableJournal(Journal):
         if key is not None:
             entry = self._entries.get((principal, key))
         else:
-            name = principal, run_id or b""
-            entry = self._names.get(name) or self._entries.get(name)
+            run_id = run_id or b""
+            entry = self._index.named(principal, run_id) or self._entries.get((principal, run_id))
         return entry if entry is not None and entry.number else None
 
     def over(self, principal: str, is_failed: bool) -> Iterator[Entry]:
@@ -125,8 +104,7 @@ class DurableJournal(Journal):
         Args:
             is_failed: only those with a row that has failed; else also all that nobody has acknowledged.
         """
-        table = self._failed if is_failed else self._over
-        return (entry for entry in reversed(table.get(principal, {}).values()) if not entry.is_gone)
+        return self._index.over(principal, is_failed)
 
     def started(self, piece: Piece) -> None:
         """See `Journal`."""
@@ -170,61 +148,41 @@ class DurableJournal(Journal):
     def _end(self, entry: Entry, about: About) -> None:
         """It is over: what can be listed, and what may be wanted again. What it answers stays on disk for now."""
         entry.about = about
-        self._over[entry.key[0]][entry.key[1]] = entry
         assert entry.request is not None
         entry.num_bytes += entry.request.block.nbytes
-        if any(has_failed(outcome) for outcome in entry.outcomes):
-            self._failed[entry.key[0]][entry.key[1]] = entry
-        else:
+        is_failed = any(has_failed(outcome) for outcome in entry.outcomes)
+        self._index.end(entry, is_failed)
+        if not is_failed:
             entry.keep_digest()
             entry.request = None
 
     def acknowledged(self, entry: Entry, now: float) -> None:
         """See `Journal`. Not, if it was before, or is forgotten; what began again since then is another entry."""
-        if self._kept.get(entry.key) is not entry:
+        if entry not in self.retained:
             return
-        del self._kept[entry.key]
-        self._count_kept(entry, -1)
+        self.retained.let_go(entry)
         entry.is_acked = True
         if entry.request is None:
             entry.num_bytes = bytes_of(entry.outcomes)
-            self._over[entry.key[0]].pop(entry.key[1])
+            self._index.unlist(entry)
             self.writes += [self._known_of(entry, now), Erase(entry.number, OF_REQUEST)]
         else:
             self.writes.append(acked(entry.number, now + self._wall_offset_s))
         super()._retire(entry, now)
 
-    def _count_kept(self, entry: Entry, sign: int) -> None:
-        principal, num_bytes = entry.key[0], sign * (ENTRY_BYTES + entry.num_bytes)
-        self.num_kept_bytes += num_bytes
-        self._kept_bytes_of[principal] += num_bytes
-        if not self._kept_bytes_of[principal]:
-            del self._kept_bytes_of[principal]
-
     def expire(self, now: float) -> None:
         """See `Journal`."""
         super().expire(now)
-        while self._kept:
-            entry = next(iter(self._kept.values()))
-            if entry.expires_at > now:
-                return
+        while (entry := self.retained.first_expired(now)) is not None:
             self.drop(entry)
 
     def drop(self, entry: Entry) -> None:
         """See `Journal`."""
-        if self._kept.pop(entry.key, None) is not None:
-            self._count_kept(entry, -1)
+        self.retained.let_go(entry)
         super().drop(entry)
         if entry.number:
             self.writes.append(Erase(entry.number))
-            self._unlist(entry)
-            for run_id in entry.names:
-                if self._names.get((entry.key[0], run_id)) is entry:
-                    del self._names[entry.key[0], run_id]
-
-    def _unlist(self, entry: Entry) -> None:
-        for table in (self._over, self._failed):
-            table[entry.key[0]].pop(entry.key[1], None)
+            self._index.forget(entry)
 
     def begin_again(self, entry: Entry, now: float) -> Kept:
         """A durable task that is over begins again under another id, with the outcomes of the rows that have not failed.
@@ -248,16 +206,14 @@ class DurableJournal(Journal):
         return kept
 
     def _retire(self, entry: Entry, now: float) -> None:
-        if not entry.number:
+        if entry.number:
+            self.retained.keep(entry, now)
+        else:
             super()._retire(entry, now)
-            return
-        entry.expires_at = now + self._result_ttl_s
-        self._count_kept(entry, 1)
-        self._kept[entry.key] = entry
 
     def _empty(self, entry: Entry) -> None:
         if entry.number and not entry.is_gone:
-            self._unlist(entry)
+            self._index.unlist(entry)
             acked_at = entry.expires_at - self._window_s
             super()._empty(entry)
             self.writes += [Erase(entry.number, OF_OUTCOME), self._known_of(entry, acked_at)]
@@ -307,7 +263,7 @@ class DurableJournal(Journal):
         if kept.acked_at is not None:
             entry.is_acked = True
             if entry.request is None:
-                self._over[kept.principal].pop(kept.key, None)
+                self._index.unlist(entry)
         return entry
 
     def reopen(self, kept: Kept, run: Run) -> None:
@@ -320,9 +276,9 @@ class DurableJournal(Journal):
         num_bytes = bytes_of(kept.outcomes) if kept.outcomes else 0
         entry = Entry(key, b"", run, kept.outcomes, num_bytes, number=kept.number, request=kept.submit)
         self._entries[key] = entry
-        self._name(entry, kept.id)
+        self._index.name(entry, kept.id)
         for run_id in kept.names:
-            self._name(entry, run_id)
+            self._index.name(entry, run_id)
         return entry
 
     def monotonic(self, wall_s: float) -> float:

@@ -15,6 +15,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
+from penstock.broker.address import Address
 from penstock.broker.curve import FAILED_EVENTS, show_key
 from penstock.broker.keys import ADMIN, CLIENT, WORKER, AllowedKey, KeyFolder, OwnKey, draw
 from penstock.broker.state import BACK, FRONT
@@ -33,6 +34,18 @@ _SUCCEEDED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
 class GateError(ValueError):
     """The gate would not keep strangers out, or honest peers in: the broker must not start."""
+
+
+def wants_keys(addresses: Sequence[Address], curve: str, has_keys: bool) -> bool:
+    """Whether peers on tcp must show keys. Raises ValueError: they would have to, and cannot."""
+    tcp = [address for address in addresses if not address.is_ipc]
+    far = [address.url for address in tcp if not address.is_local]
+    if far and curve == "off":
+        raise ValueError(f"{far[0]} can be reached from other machines: it needs keys, so take away curve = \"off\"")
+    if tcp and not has_keys and (far or curve == "on"):
+        where = f"{far[0]} can be reached from other machines" if far else f"curve = \"on\" wants keys at {tcp[0].url}"
+        raise ValueError(f"{where}, and no key is allowed: run `penstock keys new NAME --role worker` first (docs/keys.md)")
+    return bool(tcp) and has_keys and curve != "off"
 
 
 class Gate:

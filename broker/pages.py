@@ -18,14 +18,14 @@ def pages_of(core: Core) -> Pages:
     """The pages of one broker."""
     return {
         "/metrics": lambda now: Page(200, core.state.metrics.render(gauges(core, now)), exposition.CONTENT_TYPE),
-        "/healthz": lambda now: health(core.report(now)),
-        "/status": lambda now: Page(200, json.dumps(plain(core.report(now))) + "\n", "application/json"),
+        "/healthz": lambda now: health(core.operators.report(now)),
+        "/status": lambda now: Page(200, json.dumps(plain(core.operators.report(now))) + "\n", "application/json"),
     }
 
 
 def gauges(core: Core, now: float) -> Gauges:
     """What is true now."""
-    state, report = core.state, core.report(now)
+    state, report = core.state, core.operators.report(now)
     workers, counters = report["workers"], report["counters"]
     scores = [row for row in state.policy.predictor.report() if row["samples"]]
     depth, oldest_s = _waiting(state.policy, now)

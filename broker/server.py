@@ -1,10 +1,8 @@
-"""The broker's shell: the loop around the broker's ZeroMQ sockets. Polls, drains, hands events to the core, performs actions.
+"""The broker's shell: its life, and the loop around its doors. Polls, drains, hands events to the core, performs actions.
 
-Knows ZeroMQ, signals and whom to ask when something else is ready. Decides nothing.
+Knows signals, and whom to ask when something is ready. Does not know what a socket says (`doors.py`). Decides nothing.
 """
 
-import fcntl
-import functools
 import logging
 import os
 import time
@@ -16,15 +14,16 @@ import zmq
 
 from penstock.broker import selftest
 from penstock.broker.address import Address, connection_file, remove_connection, write_connection
-from penstock.broker.columns import Buffer
 from penstock.broker.config import BrokerConfig
 from penstock.broker.configuration import Configuration, Settings
-from penstock.broker.core import Copied, Core, Malformed, PeerLost, ProcessEnded, Received, Stop, Turn
-from penstock.broker.door import AlreadyRunning, Door
+from penstock.broker.core import Core
+from penstock.broker.door import lock
+from penstock.broker.doors import Doors
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Copied, PeerLost, ProcessEnded, Received, Stop, Turn
 from penstock.broker.failpoints import ARMED, hit, hit_message
 from penstock.broker.files import Keeper, Learner, broker_folder, default_state_dir
-from penstock.broker.gate import Gate
+from penstock.broker.gate import Gate, wants_keys
 from penstock.broker.journal import Journal
 from penstock.broker.keys import KeyFolder
 from penstock.broker.metrics import Metrics, NoMetrics
@@ -32,33 +31,16 @@ from penstock.broker.notify import Notifier
 from penstock.broker.pages import pages_of
 from penstock.broker.processes import Processes
 from penstock.broker.promises import Promises
-from penstock.broker.protocol import (
-    FROM_CLIENT,
-    FROM_WORKER,
-    Attach,
-    Code,
-    Error,
-    Fault,
-    Hello,
-    Reply,
-    Share,
-    WorkerHeartbeat,
-    WorkerHello,
-)
 from penstock.broker.responder import Responder
 from penstock.broker.segments import host_memory
 from penstock.broker.signals import Signals
-from penstock.broker.state import BACK, FRONT, Send
+from penstock.broker.state import Send
 from penstock.broker.storage.records import Put
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import Store
-from penstock.broker.wire import MAX_FRAMES, Message, ProtocolError, decode, encode
 
 log = logging.getLogger("penstock.broker")
 
-# Plain integers: pyzmq's enum flags cost more than the calls they are given to. So does asking a socket for EVENTS, which
-# is why the poller, one call for everything, is asked instead.
-_SNDMORE, _NOBLOCK = int(zmq.SNDMORE), int(zmq.NOBLOCK)
 MAX_MESSAGES_PER_TURN = 128
 MAX_INTAKE_S = 0.005
 FAREWELL_S = 0.2
@@ -69,11 +51,6 @@ READ_PER_SIGN, SIGN_S = 50_000, 60.0
 """While the journal is read: a sign of life every so many records, good for so long."""
 ROOM_S = 2.0
 """How often the space on the journal's disk is looked at."""
-COPIED_BYTES = 2048
-"""Up to here a received frame is copied: keeping a frame object costs more memory than the copy takes time."""
-
-
-_REVOKED = Fault(error=Error(Code.NOT_AUTHORISED, "this key is not allowed any more"))
 
 
 class Server:
@@ -91,7 +68,7 @@ class Server:
         self.address = address
         self._addresses = [address, *([Address(settings.broker.listen)] if settings.broker.listen else [])]
         keys = KeyFolder(settings.broker.state_dir)
-        wants_keys = _wants_keys(self._addresses, settings.broker.curve, keys.has_any)
+        needs_gate = wants_keys(self._addresses, settings.broker.curve, keys.has_any)
         self.core = Core(
             settings.broker, int.from_bytes(os.urandom(4), "big") >> 1, now, journal=_journal(settings.broker, now),
             pid=os.getpid(), configuration=Configuration(settings, load, now),
@@ -101,17 +78,17 @@ class Server:
         self.longest_turn_s = 0.0
         self._lock: Any = None
         self._context = zmq.Context()
-        self._gate = Gate(self._context, keys, self.core.state.counters) if wants_keys else None
-        self.core.gate = self._gate
-        self._doors: list[Door] = []
-        self._owners: dict[Any, Callable[[], None]] = {}
-        self._types = {FRONT: FROM_CLIENT, BACK: FROM_WORKER}
+        self._gate = Gate(self._context, keys, self.core.state.counters) if needs_gate else None
+        self.core.operators.gate = self._gate
         self._poller = zmq.Poller()
         self._processes = Processes(self._poller)
+        self._doors = Doors(
+            self._context, self._gate, self._processes, self.core.state.counters, self._handle, self._perform
+        )
         self._responder = Responder(pages_of(self.core))
         self._keepers: list[Keeper] = []
         self._store: Store | None = None
-        self._promises = Promises(None, self._send, self._lose)
+        self._promises = Promises(None, self._doors.send, self._lose)
         self._signals = Signals()
         self._notifier = Notifier()
         self._stop_at: float | None = None
@@ -132,10 +109,8 @@ class Server:
             ValueError: an address that cannot be had.
         """
         if self.address.is_ipc:
-            folder = self.address.folder
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _lock(folder / "broker.lock", self.address)
-        self._open_doors()
+            self._lock = lock(self.address)
+        self._doors.open(self._addresses, self.config)
         if self.config.metrics:
             host, port = self.config.metrics_endpoint()
             port = self._responder.open(host, port)
@@ -156,7 +131,7 @@ class Server:
         if ARMED:
             hit("broker.restore.begun")
         self._store = store = SqliteStore(self._folder / "journal", self.config.min_free_bytes)
-        self._promises = Promises(store, self._send, self._lose)
+        self._promises = Promises(store, self._doors.send, self._lose)
         self.core.state.journal.has_room = store.has_room()
         num_open = self.core.restore(self._while_starting(store.load()), began)
         if ARMED:
@@ -177,25 +152,6 @@ class Server:
         keeper = Keeper(self._folder / f"{name}.json", learner, time.monotonic())
         keeper.restore()
         self._keepers.append(keeper)
-
-    def _open_doors(self) -> None:
-        """Bind all sockets, and see that strangers stay out."""
-        config, counters = self.config, self.core.state.counters
-        for address in self._addresses:
-            for side in (FRONT, BACK):
-                door = Door(len(self._doors), side, address, self._gate, self._context)
-                self._doors.append(door)
-                self._owners[door.socket] = functools.partial(self._receive, door)
-                door.open(config.max_message_bytes, config.group_access)
-        if self._gate is not None:
-            self._owners[self._gate.socket] = self._gate.turn
-            for door in self._doors:
-                if door.gate is not None:
-                    self._gate.check(door.side, door.endpoint)
-        for door in self._doors:
-            door.watch(2 * max(config.max_message_bytes, config.window_bytes), counters)
-            if door.connections is not None:
-                self._owners[door.connections.events] = door.connections.turn
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then let what is open finish."""
@@ -219,10 +175,7 @@ class Server:
             keeper.close()
         self._responder.close()
         self._processes.close()
-        for door in self._doors:
-            door.close()
-        if self._gate is not None:
-            self._gate.close()
+        self._doors.close()
         self._context.term()
         if self._store is not None:
             self._store.close()
@@ -234,7 +187,7 @@ class Server:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        for source in (*self._owners, self._signals.fd):
+        for source in (*self._doors.owners, self._signals.fd):
             self._poller.register(source, zmq.POLLIN)
         self._responder.attach(self._poller)
         self._test_itself()
@@ -281,35 +234,33 @@ class Server:
         dues = [
             self.core.next_deadline(now), self._responder.next_deadline(), self._notifier.next_deadline(), self._stop_at,
         ]  # fmt: skip
-        dues += [door.connections.next_deadline() for door in self._doors if door.connections is not None]
+        dues += self._doors.next_deadlines()
         due = min((at for at in dues if at is not None), default=None)
         return None if due is None else max(0, int((due - now) * 1000.0) + (due > now))
 
     def _turn(self, wait_ms: int | None) -> None:
         """Wait for input, take in a bounded number of messages, then let the core act."""
-        ready = self._poller.poll(wait_ms)
+        ready = self._poller.poll(wait_ms)  # one call for everything: to ask each socket for EVENTS would cost more
         started = time.monotonic()
-        num_left = MAX_MESSAGES_PER_TURN
+        num_left, owners = MAX_MESSAGES_PER_TURN, self._doors.owners
         while ready and num_left > 0 and time.monotonic() - started < MAX_INTAKE_S:
             num_left -= len(ready)
             for source, _ in ready:
                 if isinstance(source, int):
                     self._take_other(source)
                 else:
-                    self._owners[source]()
+                    owners[source]()
             ready = self._poller.poll(0)
         if not ready:
             for pid in self._processes.ended():  # what a process sent before its end has come first
                 self._handle(ProcessEnded(pid))
         if self._signals.take_reload():
             self._notifier.reloading()
-            self.core.reload(time.monotonic())
+            self.core.operators.reload(time.monotonic())
             self._notifier.ready(self._status())
         self._handle(Turn())
         self._responder.sweep(started)
-        for door in self._doors:
-            if door.connections is not None:
-                door.connections.sweep(started)
+        self._doors.sweep(started)
         for keeper in self._keepers:
             keeper.turn(started)
         if self._store is not None and started - self._looked_at > ROOM_S:
@@ -334,49 +285,6 @@ class Server:
         elif self._processes.owns(fd):
             self._processes.handle(fd)
 
-    def _receive(self, door: Door) -> None:
-        s = door.socket
-        try:
-            route = door.tag + s.recv(_NOBLOCK)
-        except zmq.Again:  # the poller saw the first frame of a message whose sender was cut off
-            return
-        first: Any = s.recv(_NOBLOCK, copy=False)
-        frame, frames = first, [first.bytes]
-        while frame.more:
-            frame = s.recv(_NOBLOCK, copy=False)
-            if len(frames) <= MAX_FRAMES:
-                frames.append(frame if len(frame) > COPIED_BYTES else frame.bytes)
-        principal, pid = "", 0
-        if door.gate is not None:  # with every message: a key may be revoked while its connection stands
-            principal, _ = door.identify(first)
-            if not principal:
-                self._turn_away(door, route, first)
-                return
-        if not door.hear(first):
-            self.core.state.counters["unidentified"] += 1
-            return
-        try:
-            message = decode(self._types[door.side], frames)
-        except ProtocolError as e:
-            self._handle(Malformed(door.side, route, str(e)))
-            return
-        if ARMED:
-            hit_message("broker.received", message)
-        if not principal and isinstance(message, Hello | Attach | WorkerHello | WorkerHeartbeat | Share):
-            principal, pid = door.identify(first)
-            if not principal:
-                self.core.state.counters["unidentified"] += 1
-                return
-        if isinstance(message, WorkerHello | Share):
-            self._processes.watch(pid)
-        self._handle(Received(door.side, route, principal, message, pid))
-
-    def _turn_away(self, door: Door, route: bytes, frame: Any) -> None:
-        """A key that was revoked: say so, and end its connection."""
-        self.core.state.counters["refused_revoked"] += 1
-        door.hear(frame, must_go=True)
-        self._perform([Send(door.side, route, _REVOKED)])
-
     def _handle(self, event: Any) -> None:
         actions = self.core.handle(event, time.monotonic())
         if ARMED and isinstance(event, Received):
@@ -386,42 +294,9 @@ class Server:
     def _perform(self, actions: list[Send]) -> None:
         self._promises.perform(actions, self.core.take_writes())
 
-    def _send(self, action: Send) -> bool:
-        """False if nobody takes it."""
-        s, frames = self._doors[action.route[0]].socket, self._encode(action.message)
-        if not frames:
-            return True
-        if ARMED:
-            hit_message("broker.sending", action.message)
-        try:
-            s.send(action.route[1:], _SNDMORE | _NOBLOCK)
-        except zmq.ZMQError as e:
-            # Unroutable, or so far behind that it counts as gone: it comes back with an attach.
-            if e.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            return False
-        last = frames.pop()
-        for frame in frames:
-            s.send(frame, _SNDMORE, copy=not isinstance(frame, zmq.Frame))  # only a received frame is worth it
-        s.send(last, 0, copy=not isinstance(last, zmq.Frame))
-        if ARMED:
-            hit_message("broker.sent", action.message)
-        return True
-
     def _lose(self, action: Send) -> None:
         """Nobody is there to take it."""
         self._handle(PeerLost(action.side, action.route))
-
-    def _encode(self, message: Message) -> list[Buffer]:
-        """The frames; none, and an entry in the log, where the core says what cannot travel: nothing may end the loop."""
-        try:
-            return encode(message)
-        except ProtocolError as e:
-            log.error("%s: a fault of this broker: %s", message.TYPE, e)
-            self.core.state.counters["unsendable"] += 1
-            if isinstance(message, Reply):
-                return encode(Reply(request=message.request, error=Error(Code.INVALID, f"the answer cannot travel: {e}")))
-            return []
 
 
 def _journal(config: BrokerConfig, now: float) -> Journal:
@@ -430,26 +305,3 @@ def _journal(config: BrokerConfig, now: float) -> Journal:
     return DurableJournal(
         config.dedup_window_s, config.dedup_bytes, config.result_ttl_s, config.max_kept_bytes, time.time() - now
     )
-
-
-def _wants_keys(addresses: list[Address], curve: str, has_keys: bool) -> bool:
-    """Whether peers on tcp must show keys. Raises ValueError: they would have to, and cannot."""
-    tcp = [address for address in addresses if not address.is_ipc]
-    far = [address.url for address in tcp if not address.is_local]
-    if far and curve == "off":
-        raise ValueError(f"{far[0]} can be reached from other machines: it needs keys, so take away curve = \"off\"")
-    if tcp and not has_keys and (far or curve == "on"):
-        where = f"{far[0]} can be reached from other machines" if far else f"curve = \"on\" wants keys at {tcp[0].url}"
-        raise ValueError(f"{where}, and no key is allowed: run `penstock keys new NAME --role worker` first (docs/keys.md)")
-    return bool(tcp) and has_keys and curve != "off"
-
-
-def _lock(path: Path, address: Address) -> Any:
-    """A second bind of the same ipc path would silently steal it, so a lock file goes first."""
-    f = open(path, "w")  # noqa: SIM115 - held for the life of the process
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        f.close()
-        raise AlreadyRunning(f"a broker is already running at {address.url}") from e
-    return f

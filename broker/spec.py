@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from penstock.broker.columns import BLOBS, MAX_NAME, Block, Column, LayoutError, reshape
+from penstock.broker.columns import Block, reshape
+from penstock.broker.layout import BLOBS, MAX_NAME, Column, LayoutError
 from penstock.broker.protocol import Submit
 from penstock.broker.wire import MAX_ROWS, ProtocolError, record
 

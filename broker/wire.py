@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast, dataclass_transform
 
 import msgpack
 
-from penstock.broker.columns import Block, Buffer, LayoutError, frame_bytes, view
+from penstock.broker.columns import Block, Buffer, frame_bytes, view
+from penstock.broker.layout import LayoutError
 from penstock.broker.packed import PackedError, unpack
 
 MAJOR, MINOR = 1, 3

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 
-from penstock.broker.columns import FRAMED_ROW_BYTES, MAX_RANK, Column
+from penstock.broker.layout import FRAMED_ROW_BYTES, MAX_RANK, Column
 from penstock.broker.protocol import MAX_STATICS_BYTES
 from penstock.broker.shared import SharedBytes
 from penstock.client.arrays import NUMPY_DTYPES, Array, describe, is_torch_tensor, to_array

@@ -13,10 +13,11 @@ import zmq
 from zmq.backend import Socket as BareSocket
 from zmq.utils.monitor import parse_monitor_message
 
-from penstock.broker.columns import FRAMED_ROW_BYTES, Buffer
+from penstock.broker.columns import Buffer
 from penstock.broker.curve import FAILED_EVENTS, is_refusal, reason, show_key
 from penstock.broker.detectors import detect, reconnect
 from penstock.broker.failpoints import ARMED, hit_message
+from penstock.broker.layout import FRAMED_ROW_BYTES
 from penstock.broker.ways import Ways
 from penstock.client.connection import READY
 from penstock.client.session import Session

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from penstock.broker.columns import BLOBS, Block, view
+from penstock.broker.columns import Block, view
+from penstock.broker.layout import BLOBS
 from penstock.client.arrays import NUMPY_DTYPES, Array
 from penstock.client.errors import from_wire
 from penstock.client.run import Part, Run, same_part

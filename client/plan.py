@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from penstock.broker.columns import Column
+from penstock.broker.layout import Column
 from penstock.client.arrays import WIRE_DTYPES, Array, is_torch_tensor
 from penstock.client.errors import InvalidInput
 from penstock.client.inputs import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from penstock.broker.columns import Column, Lengths
+from penstock.broker.layout import Column, Lengths
 from penstock.client.arrays import Array, is_torch_tensor
 from penstock.client.errors import InvalidInput
 from penstock.client.inputs import Payload, Place, RowInput, TensorInput

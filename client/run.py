@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from penstock.broker.columns import Block, Column, Layout, Lengths, Stored, pack
+from penstock.broker.columns import Block, Stored, pack
+from penstock.broker.layout import Column, Layout, Lengths
 from penstock.broker.protocol import DEFAULT_PRIORITY, Error, Outcome, Submit
 
 PENDING: Final = 0

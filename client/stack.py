@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from penstock.broker.columns import Block, Column
+from penstock.broker.columns import Block
+from penstock.broker.layout import Column
 from penstock.client.arrays import Array, is_torch_tensor
 from penstock.client.errors import from_wire
 from penstock.client.outputs import column_decoder, column_rows, finish

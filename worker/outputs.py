@@ -9,17 +9,8 @@ from typing import Any
 
 import torch
 
-from penstock.broker.columns import (
-    FRAMED_ROW_BYTES,
-    MAX_COLUMNS,
-    MAX_NAME,
-    MAX_RANK,
-    Block,
-    Column,
-    Layout,
-    Lengths,
-    pack,
-)
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import FRAMED_ROW_BYTES, MAX_COLUMNS, MAX_NAME, MAX_RANK, Column, Layout, Lengths
 from penstock.worker.inputs import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

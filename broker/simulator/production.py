@@ -10,7 +10,8 @@ from typing import Any, Final
 from penstock.broker import protocol as p
 from penstock.broker.columns import Block, pack
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Core, Received, Turn
+from penstock.broker.core import Core
+from penstock.broker.events import Received, Turn
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.scheduling.pull import PullPolicy
 from penstock.broker.scheduling.quotas import ClientRules

@@ -15,9 +15,10 @@ import msgpack
 import numpy as np
 from stack import Stack
 
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
 from penstock.broker.files import broker_folder
 from penstock.broker.kept import TAKEN
+from penstock.broker.layout import Column
 from penstock.broker.protocol import Submit
 from penstock.broker.storage.records import Put
 from penstock.broker.storage.sqlite import SqliteStore

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import FRAMED_ROW_BYTES, Column
 from penstock.broker.protocol import Answer, Assign, Resident, Submit
 from penstock.broker.scheduling.prediction import BatchLoad
 from penstock.broker.spec import Spec, parse

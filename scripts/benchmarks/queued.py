@@ -13,9 +13,11 @@ import zmq
 from rich.progress import Progress
 from stack import Stack
 
-from penstock.broker.columns import Block, Column
+from penstock.broker.columns import Block
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Core, Received, Turn
+from penstock.broker.core import Core
+from penstock.broker.events import Received, Turn
+from penstock.broker.layout import Column
 from penstock.broker.protocol import TO_CLIENT, Cancel, Hello, Ready, Reply, Status, Submit, WorkerHello
 from penstock.broker.state import BACK, FRONT
 from penstock.broker.wire import Message, decode, encode

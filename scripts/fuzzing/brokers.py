@@ -14,8 +14,9 @@ from mutate import Frames
 from programs import SERVE_S, SERVED_EVERY, Dealer, Program, answer_to, free_port, new_folder
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
 from penstock.broker.keys import KeyFolder
+from penstock.broker.layout import Column
 
 MAX_OPEN: Final = 32
 SIGNATURE: Final = b"\xff" + bytes(8) + b"\x7f"

@@ -6,7 +6,8 @@ from typing import Any, Final
 import msgpack
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.shared import SharedBytes
 from penstock.broker.wire import Message, encode
 

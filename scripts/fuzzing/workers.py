@@ -12,7 +12,8 @@ from mutate import Frames
 from programs import SERVE_S, SERVED_EVERY, Program, answer_to, new_folder
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
+from penstock.broker.layout import Column
 from penstock.broker.wire import Message, ProtocolError, decode, encode
 
 

@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from penstock.broker import protocol as p
 from penstock.broker.columns import Block
-from penstock.broker.core import PeerLost
+from penstock.broker.events import PeerLost
 
 INDEX = st.integers(0, 1 << 16)
 SPECS = {

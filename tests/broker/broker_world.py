@@ -14,10 +14,13 @@ from fake_memory import FakeHost
 
 from penstock.broker import invariants
 from penstock.broker import protocol as p
-from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, pack
+from penstock.broker.columns import Block, pack
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Copied, Core, Event, KeyList, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.core import Core
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Copied, Event, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.layout import FRAMED_ROW_BYTES, Column
+from penstock.broker.operators import KeyList
 from penstock.broker.promises import Promises
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.scheduling.prediction import BatchLoad, Predictor
@@ -125,7 +128,7 @@ class World:
         self.core = Core(
             config, epoch=epoch, now=self.now, policy=policy, journal=journal, memory=self.memory, operators=operators
         )
-        self.core.gate = gate
+        self.core.operators.gate = gate
         self.store = store
         self.promises = Promises(store, self._send, self._lose)
         if store is not None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.segments import SegmentError
 from penstock.broker.shared import Place, SharedBytes
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from penstock.broker import protocol as p
 from penstock.broker import wire as w
-from penstock.broker.columns import BLOBS, ITEM_BYTES, Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import BLOBS, ITEM_BYTES, Column
 
 COUNTS = st.integers(0, p.MAX_COUNT)
 NAMES = st.text(min_size=1, max_size=64)

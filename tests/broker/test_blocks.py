@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from message_strategies import column_sets, rows_of
 
-from penstock.broker.columns import Block, Column, LayoutError, gather, pack, reshape
+from penstock.broker.columns import Block, gather, pack, reshape
+from penstock.broker.layout import Column, LayoutError
 
 
 def rows_in(block: Block) -> list[list[bytes]]:

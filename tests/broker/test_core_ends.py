@@ -4,7 +4,7 @@ import pytest
 from broker_world import START, World, spec
 
 from penstock.broker import protocol as p
-from penstock.broker.core import Received, Turn
+from penstock.broker.events import Received, Turn
 
 
 def cancel(run: bytes, start: int = 0, stop: int = 4096) -> p.Cancel:

@@ -216,7 +216,7 @@ def test_a_malformed_spec_is_refused_and_the_worker_stays_unready() -> None:
         worker = w.worker({**spec(), **wrong}, is_ready=False)
         worker.ready()
         assert worker.take(p.Fault)[0].error.code == "protocol", wrong
-        assert not w.core.report(w.now)["is_ready"]
+        assert not w.core.operators.report(w.now)["is_ready"]
 
 
 def test_two_workers_of_one_name_get_two_names() -> None:

@@ -4,9 +4,10 @@ import msgpack
 import pytest
 from broker_world import BLOB, TAG_BYTES, World, X, blob_rows, number_per_row, spec, tag, tensor_rows
 
-from penstock.broker import columns
+from penstock.broker import layout
 from penstock.broker import protocol as p
-from penstock.broker.columns import Column, Layout, pack
+from penstock.broker.columns import pack
+from penstock.broker.layout import Column, Layout
 
 
 def test_four_thousand_tasks_of_one_client_in_one_batch() -> None:
@@ -95,14 +96,14 @@ def test_what_is_remembered_of_layouts_is_bounded() -> None:
     """The same columns, packed in ever other bytes."""
     ones = (b"\x01", b"\xcc\x01", b"\xcd\x00\x01", b"\xce\x00\x00\x00\x01")  # the integer 1 in four ways
     wide = msgpack.packb([["x", "uint8", [], False, False]])
-    for number in range(3 * columns.MAX_INTERNED):
+    for number in range(3 * layout.MAX_INTERNED):
         padded = wide.replace(b"\x90", b"\x98" + b"".join(ones[(number >> 2 * i) % 4] for i in range(8)))
         assert Layout.parse(padded).columns == (Column("x", "uint8", (1,) * 8),)
-    assert len(columns._BY_BYTES) <= columns.MAX_INTERNED + 1
-    for number in range(3 * columns.MAX_INTERNED):
+    assert len(layout._BY_BYTES) <= layout.MAX_INTERNED + 1
+    for number in range(3 * layout.MAX_INTERNED):
         Layout.of((Column("x", "uint8", (number,)),))
-    assert len(columns._BY_BYTES) <= columns.MAX_INTERNED + 1
-    assert len(columns._BY_COLUMNS) <= columns.MAX_INTERNED + 1
+    assert len(layout._BY_BYTES) <= layout.MAX_INTERNED + 1
+    assert len(layout._BY_COLUMNS) <= layout.MAX_INTERNED + 1
 
 
 @pytest.mark.parametrize("inputs", [(X,), (BLOB,)])

@@ -5,7 +5,7 @@ from broker_world import World, spec
 
 from penstock.broker import promises
 from penstock.broker import protocol as p
-from penstock.broker.core import Malformed, Stop, Turn
+from penstock.broker.events import Malformed, Stop, Turn
 from penstock.broker.storage.store import MemoryStore
 from penstock.broker.wire import ProtocolError, decode, encode
 
@@ -186,14 +186,14 @@ def test_a_silent_client_is_away_until_it_attaches_again() -> None:
     for _ in range(6):
         w.advance(1.0)
         worker.heartbeat()
-    assert w.core.report(w.now)["num_clients_away"] == w.counters["silent_clients"] == len(w.core.clients) == 1
+    assert w.core.operators.report(w.now)["num_clients_away"] == w.counters["silent_clients"] == len(w.core.clients) == 1
     worker.finish()
     assert client.results(run) == [None]
     client.send(p.Heartbeat())
     assert client.take(p.Fault)[-1].error.code == "unattached"
     client.attach()
     assert client.row(run).num_finals == 1
-    assert w.core.report(w.now)["num_clients_away"] == 0
+    assert w.core.operators.report(w.now)["num_clients_away"] == 0
 
 
 def test_a_client_that_beats_is_not_away() -> None:

@@ -4,7 +4,7 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tag
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded, Received
+from penstock.broker.events import ProcessEnded, Received
 from penstock.broker.state import BACK
 
 

@@ -4,8 +4,8 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded, Stop
-from penstock.broker.durable import ENTRY_BYTES
+from penstock.broker.events import ProcessEnded, Stop
+from penstock.broker.retention import ENTRY_BYTES
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.store import MemoryStore
 
@@ -459,7 +459,7 @@ def test_an_outcome_is_kept_until_it_is_acknowledged_and_its_key_for_the_window(
     w.advance(500.0)
     assert num_records(w) > 0
     client.send(p.Ack(seq=client.received))
-    assert not w.state.journal._kept
+    assert not w.state.journal.retained
     w.advance(99.0)
     assert num_records(w) > 0
     w.advance(2.0)
@@ -483,7 +483,7 @@ def test_a_second_client_that_waited_for_the_outcome_acknowledges_it(has_cancell
     w.commit()
     assert second.results(run, 2) == (["cancelled"] * 2 if has_cancelled else [tag(first, 0), tag(first, 1)])
     second.send(p.Ack(seq=second.received))
-    assert (len(w.state.journal._kept) == 1) is has_cancelled, "what it has not got it cannot acknowledge"
+    assert (len(w.state.journal.retained) == 1) is has_cancelled, "what it has not got it cannot acknowledge"
 
 
 @pytest.mark.parametrize("how", [p.Code.DEADLINE, p.Code.CANCELLED])
@@ -512,10 +512,10 @@ def test_an_outcome_that_nobody_fetches_goes_after_its_time() -> None:
     w.commit()
     w.advance(999.0)
     assert num_records(w) > 0
-    assert w.state.journal.num_kept_bytes > 0
+    assert w.state.journal.retained.num_bytes > 0
     w.advance(2.0)
     assert num_records(w) == 0
-    assert w.state.journal.num_kept_bytes == 0
+    assert w.state.journal.retained.num_bytes == 0
 
 
 def test_an_acknowledged_key_is_remembered_through_a_restart() -> None:

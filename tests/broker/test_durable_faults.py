@@ -9,8 +9,9 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, echo_block, spec, tag, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
 from penstock.broker.kept import ACKED, STARTED, UNTIMED, noted, outcome_of
+from penstock.broker.layout import Column
 from penstock.broker.storage.records import Corrupt, Put
 from penstock.broker.storage.sqlite import SqliteStore
 from penstock.broker.storage.store import MemoryStore
@@ -57,7 +58,7 @@ def finish(w: World, worker: FakeWorker | None = None, error: p.Error | None = N
 
 
 def kept_bytes(w: World) -> int:
-    return int(w.state.journal.num_kept_bytes)
+    return int(w.state.journal.retained.num_bytes)
 
 
 # --- one key, several submissions --------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def test_outcomes_without_payload_count_as_well() -> None:
         client.send(p.Cancel(id=run))
     w.commit()
     assert client.refused
-    assert len(w.state.journal._kept) <= 100
+    assert len(w.state.journal.retained) <= 100
 
 
 def test_the_disk_keeps_no_content_of_what_is_acknowledged(tmp_path: Path) -> None:
@@ -350,9 +351,9 @@ def test_the_time_of_an_outcome_counts_on_through_restarts() -> None:
     for _ in range(2):
         w.advance(40.0)
         w.restart()
-        assert w.state.journal._kept
+        assert w.state.journal.retained
     w.advance(21.0)
-    assert not w.state.journal._kept
+    assert not w.state.journal.retained
 
 
 @pytest.mark.parametrize("is_acked", [True, False])

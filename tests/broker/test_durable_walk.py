@@ -8,8 +8,9 @@ import pytest
 from broker_world import FakeClient, FakeWorker, World, spec, tensor_rows
 
 from penstock.broker import protocol as p
-from penstock.broker.durable import ENTRY_BYTES, DurableJournal
+from penstock.broker.durable import DurableJournal
 from penstock.broker.journal import Entry
+from penstock.broker.retention import ENTRY_BYTES
 from penstock.broker.sessions import ClientSession
 from penstock.broker.settlement import Settlement
 from penstock.broker.storage.store import MemoryStore
@@ -129,14 +130,14 @@ class Walk:
 
     def check_tables(self) -> None:
         """Each entry is in one place, and what is counted is there."""
-        journal, kept = self.journal, self.journal._kept.values()
+        journal, kept = self.journal, self.journal.retained
         for entry in journal._entries.values():
-            is_open, is_kept, is_known = entry.run is not None, entry.key in journal._kept, entry.key in journal._known
+            is_open, is_kept, is_known = entry.run is not None, entry in kept, entry.key in journal._known
             assert is_open + is_kept + is_known == 1
             assert entry.run is None or entry.run.entry is entry
-            assert all(journal._names["uid:1", name] is not None for name in entry.names)
-        assert len(journal._kept) + len(journal._known) <= len(journal._entries)
-        assert journal.num_kept_bytes == sum(ENTRY_BYTES + entry.num_bytes for entry in kept)
+            assert all(journal._index.named("uid:1", name) is not None for name in entry.names)
+        assert len(kept) + len(journal._known) <= len(journal._entries)
+        assert kept.num_bytes == sum(ENTRY_BYTES + entry.num_bytes for entry in kept)
         assert journal._num_bytes == sum(entry.num_bytes for entry in journal._known.values())
 
     def submit(self, client: Observer) -> None:
@@ -169,8 +170,8 @@ class Walk:
         is_served = not self.world.core.clients.by_route[client.route].outbox
         for run in client.sent if is_served else ():
             key = self.key_of.get(run, b"")
-            entry = self.journal._kept.get(("uid:1", key))
-            if entry is not None and key not in self.renewed and entry.about is not None:
+            entry = self.journal._entries.get(("uid:1", key))
+            if entry is not None and entry in self.journal.retained and key not in self.renewed and entry.about is not None:
                 assert not client.has_all(run, entry.about.num_rows), "it has all of it, and has said so"
 
     def has_been_told(self, entry: Entry) -> bool:
@@ -221,9 +222,10 @@ class Walk:
         assert w.store is not None
         assert list(w.store.load()) == []
         journal = self.journal
-        assert (journal.num_kept_bytes, journal._num_bytes, journal._entries, journal._names) == (0, 0, {}, {})
-        assert not any(journal._over.values())
-        assert not any(journal._failed.values())
+        index = journal._index
+        assert (journal.retained.num_bytes, journal._num_bytes, journal._entries, index._names) == (0, 0, {}, {})
+        assert not any(index._over.values())
+        assert not any(index._failed.values())
         assert not w.core.clients.absent._sessions
 
 
@@ -265,7 +267,7 @@ def acknowledgements_go_by_the_key(patch: Patch) -> None:
     real = DurableJournal.acknowledged
 
     def acknowledged(self: DurableJournal, entry: Entry, now: float) -> None:
-        real(self, self._kept.get(entry.key, entry), now)
+        real(self, self._entries.get(entry.key, entry), now)
 
     patch.setattr(DurableJournal, "acknowledged", acknowledged)
 

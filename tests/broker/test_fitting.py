@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from penstock.broker import fitting, wire
 from penstock.broker import protocol as p
-from penstock.broker.columns import Block, Column, pack
-from penstock.broker.core import Received
+from penstock.broker.columns import Block, pack
+from penstock.broker.events import Received
+from penstock.broker.layout import Column
 from penstock.broker.state import FRONT
 from penstock.broker.storage.store import MemoryStore
 

@@ -17,8 +17,9 @@ from ports import free_port
 from penstock.broker import invariants
 from penstock.broker import protocol as p
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Core, Received, Turn
+from penstock.broker.core import Core
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Received, Turn
 from penstock.broker.files import broker_folder
 from penstock.broker.state import BACK, FRONT
 from penstock.broker.storage.records import Corrupt, Put, StorageError

@@ -6,8 +6,8 @@ import pytest
 from broker_world import FakeClient, World, blob_rows, spec, tag
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded
-from penstock.broker.durable import ENTRY_BYTES
+from penstock.broker.events import ProcessEnded
+from penstock.broker.retention import ENTRY_BYTES
 from penstock.broker.storage.store import MemoryStore
 
 POISON = p.Error("kernel_failed", "no good", detail="Traceback: the end")
@@ -103,7 +103,7 @@ def test_what_is_open_is_handed_over_with_what_there_is_and_what_comes() -> None
     assert echoed(heir, run, 3)
     assert tuple(heir.credit) == (4096 + 2, (256 << 20) + 60), "what was spent has come back"
     heir.send(p.Ack(seq=heir.received))
-    assert not w.state.journal._kept
+    assert not w.state.journal.retained
 
 
 def test_a_reply_comes_before_the_outcomes() -> None:
@@ -133,7 +133,7 @@ def test_a_task_whose_client_is_connected_stays_with_it_unless_it_is_taken() -> 
     w.commit()
     assert echoed(other, run)
     assert [owner.row(run, row).num_finals for row in range(2)] == [1, 1]
-    assert w.state.journal._kept, "who lost it has not acknowledged it"
+    assert w.state.journal.retained, "who lost it has not acknowledged it"
     assert tuple(owner.credit) == (4096 + 2, (256 << 20) + 40)
 
 
@@ -298,10 +298,10 @@ def test_a_dropped_task_is_forgotten_and_its_key_is_free() -> None:
     run = submit(client, key=b"k")
     assert code(control(client, "drop", key=b"k")) == "invalid_input"
     worker.finish()
-    assert w.state.journal.num_kept_bytes > 0
+    assert w.state.journal.retained.num_bytes > 0
     assert code(control(client, "drop", key=b"k")) is None
     assert code(fetch(client, id=run)) == "unknown_task"
-    assert w.state.journal.num_kept_bytes == 0
+    assert w.state.journal.retained.num_bytes == 0
     assert list(w.store.load()) == []  # type: ignore[union-attr]
     again = client.submit(3, is_durable=True, key=b"k")
     worker.finish_all()
@@ -417,9 +417,9 @@ def test_the_payload_of_what_failed_counts() -> None:
     run = submit(client, 2)
     worker.finish(error=POISON) if worker.leases else None
     w.commit()
-    assert w.state.journal.num_kept_bytes == ENTRY_BYTES + 40
+    assert w.state.journal.retained.num_bytes == ENTRY_BYTES + 40
     control(client, "drop", id=run)
-    assert w.state.journal.num_kept_bytes == 0
+    assert w.state.journal.retained.num_bytes == 0
 
 
 def test_nobody_touches_the_tasks_of_another_user() -> None:

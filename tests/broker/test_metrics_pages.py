@@ -8,7 +8,7 @@ import pytest
 from broker_world import World, spec
 from prometheus_client.parser import text_string_to_metric_families
 
-from penstock.broker.core import Stop
+from penstock.broker.events import Stop
 from penstock.broker.http import Page
 from penstock.broker.pages import gauges, pages_of, plain
 

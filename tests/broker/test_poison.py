@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.broker import protocol as p
-from penstock.broker.core import ProcessEnded
+from penstock.broker.events import ProcessEnded
 from penstock.broker.scheduling.config import SchedulingConfig
 from penstock.broker.storage.store import MemoryStore
 

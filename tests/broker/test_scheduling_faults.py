@@ -32,8 +32,8 @@ def costly(name: str = "echo", **fields: Any) -> dict[str, Any]:
 def reload_to(w: World, scheduling: SchedulingConfig) -> None:
     config = w.state.config
     current = Settings(config, w.state.policy.config, {})
-    w.core._configuration = Configuration(current, lambda: Settings(config, scheduling, {}), w.now)
-    assert w.core.reload(w.now) is None
+    w.core.operators.configuration = Configuration(current, lambda: Settings(config, scheduling, {}), w.now)
+    assert w.core.operators.reload(w.now) is None
 
 
 def make_known(w: World, worker: FakeWorker, client: FakeClient, ms: float, kernel: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 from broker_world import World, spec
 
 from penstock.broker import protocol as p
-from penstock.broker.core import Core, Received
+from penstock.broker.core import Core
+from penstock.broker.events import Received
 from penstock.broker.scheduling.quotas import Quotas, parse_rules
 from penstock.broker.settings import SettingsError
 from penstock.broker.storage.store import MemoryStore
@@ -34,7 +35,7 @@ class KeyList:
 
 def keyed(store: MemoryStore | None = None) -> tuple[World, Core, KeyList]:
     w, keys = World(store=store), KeyList()
-    w.core.gate = keys
+    w.core.operators.gate = keys
     return w, w.core, keys
 
 
@@ -76,7 +77,7 @@ def test_control_is_for_operators(principal: str, may: bool) -> None:
 def test_without_operators_nobody_controls() -> None:
     w = World()
     core = Core(w.core.state.config, epoch=1, now=0.0)
-    assert core._control("uid:0", "reload", "", 0.0).code == p.Code.NOT_AUTHORISED  # type: ignore[union-attr]
+    assert core.operators.control("uid:0", "reload", "", 0.0).code == p.Code.NOT_AUTHORISED  # type: ignore[union-attr]
 
 
 def test_a_key_that_goes_takes_sessions_and_leases_along() -> None:
@@ -85,7 +86,7 @@ def test_a_key_that_goes_takes_sessions_and_leases_along() -> None:
     box, other = w.worker(spec(max_batch_size=4), principal="worker:box"), None
     mine, yours = alice.submit(4), bob.submit(4)
     keys.gone = frozenset(("client:alice", "worker:box"))
-    core.reload(w.now)
+    core.operators.reload(w.now)
     w.advance(0.1)
     other = w.worker(spec(max_batch_size=4), name="other", principal="worker:other")
     other.finish_all()
@@ -106,7 +107,7 @@ def test_durable_tasks_of_a_key_that_goes_end_and_can_be_had_again(is_down: bool
     if is_down:
         w.restart(gate=keys)
     else:
-        core.reload(w.now)
+        core.operators.reload(w.now)
         w.advance(0.1)
     assert [run.id for run in w.state.ledger.runs()] == [runs[1]], "whoever may still connect keeps what is queued"
     assert [event["subject"] for event in w.state.events.recent() if event["kind"] == "disowned"] == ["client:alice"]
@@ -130,7 +131,7 @@ def test_a_new_key_for_the_same_name_leaves_durable_tasks_alone() -> None:
     run = alice.submit(1, is_durable=True)
     w.commit()
     keys.changed = frozenset(("client:alice",))
-    core.reload(w.now)
+    core.operators.reload(w.now)
     w.advance(0.1)
     assert codes(alice) == [p.Code.NOT_AUTHORISED]
     assert core.state.ledger.find("client:alice", run) is not None

@@ -193,8 +193,8 @@ def test_a_broker_that_does_not_fails(
 
 def test_a_broker_that_fails_its_test_ends(tmp_ipc: Path) -> None:
     program = (
-        "import sys; from penstock.broker import __main__ as m, selftest, server; server.SELF_TEST_S = 0.3\n"
-        "server.Server._receive = lambda self, door: door.socket.recv_multipart() and None\n"
+        "import sys; from penstock.broker import __main__ as m, doors, server; server.SELF_TEST_S = 0.3\n"
+        "doors.Doors._receive = lambda self, door: door.socket.recv_multipart() and None\n"
         f"sys.exit(m.main(['--url', 'ipc://{tmp_ipc}/b']))"
     )
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_ipc)}

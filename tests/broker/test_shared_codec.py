@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.shared import MAX_COUNT, SharedBytes
 from penstock.broker.wire import VERSION, ProtocolError, decode, encode
 

@@ -9,8 +9,9 @@ from broker_world import FakeClient, FakeWorker, World, rows_of, spec, tag
 from fake_memory import FakeHost, Memory
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Block, Column, pack
-from penstock.broker.core import ProcessEnded
+from penstock.broker.columns import Block, pack
+from penstock.broker.events import ProcessEnded
+from penstock.broker.layout import Column
 from penstock.broker.shared import SharedBytes
 
 IDEMPOTENT, ONCE = spec(max_batch_size=8), spec("once", idempotent=False)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from message_strategies import EVERY, NESTED, messages
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
+from penstock.broker.layout import Column
 from penstock.broker.wire import MAX_FRAMES, MAX_HEADER_BYTES, VERSION, Message, ProtocolError, VersionError, decode, encode
 
 TABLES = (p.FROM_CLIENT, p.TO_CLIENT, p.FROM_WORKER, p.TO_WORKER)

@@ -13,7 +13,8 @@ import numpy as np
 import zmq
 
 from penstock.broker import protocol
-from penstock.broker.columns import Block, Column, frame_bytes, gather, pack, view
+from penstock.broker.columns import Block, frame_bytes, gather, pack, view
+from penstock.broker.layout import Column
 from penstock.broker.protocol import Code, Error, Outcome, Submit
 from penstock.broker.wire import decode, encode
 

@@ -11,7 +11,8 @@ from session_rig import PLAIN, Rig
 
 from penstock.broker import protocol
 from penstock.broker.arena import Arena
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
+from penstock.broker.layout import Column
 from penstock.broker.peer_memory import IDLE_S
 from penstock.broker.protocol import Code, Error, Outcome
 from penstock.broker.segments import IS_POSSIBLE, Segment, make

@@ -18,7 +18,7 @@ from journal_rules import wait_committed  # noqa: E402
 
 from penstock.broker import protocol as p  # noqa: E402
 from penstock.broker.columns import view  # noqa: E402
-from penstock.broker.core import ProcessEnded, Received  # noqa: E402
+from penstock.broker.events import ProcessEnded, Received  # noqa: E402
 from penstock.broker.storage.sqlite import SqliteStore  # noqa: E402
 from penstock.broker.storage.store import MemoryStore  # noqa: E402
 from penstock.broker.wire import Message, encode  # noqa: E402

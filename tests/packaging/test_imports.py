@@ -12,7 +12,9 @@ OURS = tuple(f"penstock.{name}" for name in PACKAGES)
 
 # What the other packages may use of the broker: the words of the protocol, never the core, the policy or the server.
 # And how memory is shared.
-_WORDS = ("address", "columns", "curve", "detectors", "errors", "keys", "packed", "protocol", "settings", "ways", "wire")
+_WORDS = (
+    "address", "columns", "curve", "detectors", "errors", "keys", "layout", "packed", "protocol", "settings", "ways", "wire",
+)  # fmt: skip
 _MEMORY = ("arena", "peer_memory", "segments", "shared")
 PROTOCOL = tuple(f"penstock.broker.{name}" for name in (*_WORDS, *_MEMORY))
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from penstock.broker import invariants
 from penstock.broker import protocol as p
 from penstock.broker.config import BrokerConfig
-from penstock.broker.core import Core, Malformed, PeerLost, ProcessEnded, Received, Turn
+from penstock.broker.core import Core
 from penstock.broker.durable import DurableJournal
+from penstock.broker.events import Malformed, PeerLost, ProcessEnded, Received, Turn
 from penstock.broker.promises import Promises
 from penstock.broker.state import BACK, FRONT, Send
 from penstock.broker.storage.records import Erase, Put, StorageError, Write, unpack

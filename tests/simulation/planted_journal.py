@@ -121,8 +121,8 @@ def acknowledges_all_of_a_principal() -> None:
     def make(acknowledged: Any) -> Any:
         def greedy(self: DurableJournal, entry: Any, now: float) -> None:
             acknowledged(self, entry, now)
-            for (owner, _), other in list(self._kept.items()):
-                if owner == entry.key[0]:
+            for other in list(self.retained):
+                if other.key[0] == entry.key[0]:
                     acknowledged(self, other, now)
 
         return greedy

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from penstock.broker.columns import Column
+from penstock.broker.layout import Column
 from penstock.client.run import Options, Shape
 
 OK, RAISES, KILLS, HANGS, BREAKS = range(5)

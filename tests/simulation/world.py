@@ -219,7 +219,7 @@ class World:
             "open rows": state.ledger.num_open, "leases": len(state.ledger.leases), "held messages": broker.num_held,
             "writes": len(journal.writes), "waiting writes": broker.disk.num_waiting,
             "unacknowledged": sum(len(s.outbox) + len(s.finished) for s in broker.core.clients.sessions() if s.route),
-            "kept": 0 if FORGETFUL & set(self.kinds) else len(journal._kept),
+            "kept": 0 if FORGETFUL & set(self.kinds) else len(journal.retained),
             "held leases": sum(len(s.worker.link.held) for s in self.supervisors if s.worker is not None),
             "busy clients": sum(c.session.is_busy for u in self.users for c in u.clients.values()),
         }  # fmt: skip

@@ -13,7 +13,8 @@ import zmq
 
 from penstock.broker import protocol
 from penstock.broker.address import Address
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.wire import Message, decode, encode
 
 HERE = Path(__file__).resolve().parent

@@ -13,7 +13,8 @@ from fake_broker import received
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.broker.columns import FRAMED_ROW_BYTES, Block, Column, gather, pack
+from penstock.broker.columns import Block, gather, pack
+from penstock.broker.layout import FRAMED_ROW_BYTES, Column
 from penstock.kernels import InvalidInput, registry
 from penstock.worker.inputs import DTYPES, Plan, take_rows
 from penstock.worker.outputs import BadOutput, to_block, to_row

@@ -5,7 +5,8 @@ import pytest
 from fake_broker import assign, received, tensor_block
 
 from penstock.broker import protocol
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
+from penstock.broker.layout import Column
 from penstock.broker.protocol import Answer, Error, Welcome
 from penstock.broker.wire import decode
 from penstock.worker.link import ATTACHED, AWAY, WELCOME, Credit, Final, Link, LinkError, encode_answers

@@ -12,7 +12,8 @@ import torch
 import worker_kernels as kernels
 from fake_broker import assign, tensor_block
 
-from penstock.broker.columns import Column, pack
+from penstock.broker.columns import pack
+from penstock.broker.layout import Column
 from penstock.broker.protocol import Answer, Code, Error, Resident
 from penstock.kernels import Tensor, kernel, registry
 from penstock.worker.batch import run_alone

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from penstock.broker import protocol
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.protocol import Assign, Code, Welcome
 from penstock.broker.segments import IS_POSSIBLE, Segment, make, open_segment

@@ -11,7 +11,8 @@ import worker_kernels as kernels
 from fake_broker import assign
 from test_runner import make_runner
 
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.protocol import Checkpoint, Welcome, WorkerPartial
 from penstock.kernels import Step, kernel
 from penstock.worker.checkpoints import to_block, values_of

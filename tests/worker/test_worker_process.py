@@ -16,7 +16,8 @@ import pytest
 from fake_broker import HERE, FakeBroker, assign, start_worker, tensor_block
 
 from penstock.broker import protocol
-from penstock.broker.columns import Block, Column, pack
+from penstock.broker.columns import Block, pack
+from penstock.broker.layout import Column
 from penstock.broker.protocol import Code
 from penstock.broker.wire import encode
 
