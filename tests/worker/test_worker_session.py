@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from penstock.broker import protocol as p
-from penstock.broker.columns import Block, Column
+from penstock.broker.columns import Block
+from penstock.broker.layout import Column
 from penstock.broker.peer_memory import PeerMemory
 from penstock.broker.wire import decode, encode
 from penstock.worker.link import ATTACHED, GREETED, Final, Link
