@@ -89,7 +89,8 @@ class Link:
                 frames = session.take(now) if events & _POLLOUT else None
                 if frames is None:
                     break
-                _send(socket, frames)
+                if not _send(socket, frames):
+                    break
                 if ARMED:
                     hit_message("client.sent", session.taken)
             session.can_send = bool(events & _POLLOUT)
@@ -136,12 +137,16 @@ class Link:
         self._socket = self._events = None
 
 
-def _send(socket: "zmq.Socket[bytes]", frames: list[Buffer]) -> None:
-    # From 64 KiB up the bytes are handed over uncopied; they are ours and never change.
+def _send(socket: "zmq.Socket[bytes]", frames: list[Buffer]) -> bool:
+    """False if the connection has broken since it was said to take a message: that is lost with all that was on its way."""
     last = frames.pop()
-    for frame in frames:
-        _send_frame(socket, frame, _SEND_MORE, len(frame) < FRAMED_ROW_BYTES)
-    _send_frame(socket, last, _NOBLOCK, len(last) < FRAMED_ROW_BYTES)
+    try:
+        for frame in frames:  # from 64 KiB up the bytes are handed over uncopied; they are ours and never change
+            _send_frame(socket, frame, _SEND_MORE, len(frame) < FRAMED_ROW_BYTES)
+        _send_frame(socket, last, _NOBLOCK, len(last) < FRAMED_ROW_BYTES)
+    except zmq.Again:  # only ever the first frame: a message that has begun is taken as a whole
+        return False
+    return True
 
 
 def _receive(socket: "zmq.Socket[bytes]") -> list[Buffer]:

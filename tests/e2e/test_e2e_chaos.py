@@ -58,10 +58,10 @@ def test_a_long_run_with_all_faults() -> None:
     assert numbers["dead (poison)"] > 0, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_nothing_is_left_when_it_is_ended(number: int) -> None:
     """SIGKILL leaves the folder, and what needs root is left out here: nobody could take that away."""
-    faults = "kill,stop,partition,disk" if number == signal.SIGINT else "kill,stop"
+    faults = "kill,stop,partition,disk" if number == signal.SIGTERM else "kill,stop"
     started = command("--minutes", "5", "--seed", "1", "--faults", faults)
     with subprocess.Popen(started, env=env(), stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:
