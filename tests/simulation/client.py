@@ -79,6 +79,11 @@ class Client:
             run.watchers = [self]
         self._changed.append(run)
 
+    def may_be_forgotten(self) -> None:
+        """The broker may end this session: what is not durable ends with it, and starts anew where a twin brings it."""
+        for task in self.tasks:
+            task.is_spoiled = task.is_spoiled or not task.options.is_durable
+
     def cancel(self, task: Task) -> None:
         for run, rows in list(self._rows.items()):
             mine = [i for i, row in enumerate(rows) if row is not None and row[0] is task]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from penstock.broker.storage.records import StorageError
+from simulation.broker import CONFIG
 from simulation.client import Client
 from simulation.network import DOWN, UP
 from simulation.supervisor import Supervisor
@@ -101,6 +102,8 @@ def client_pause(world: "World") -> None:
         client.is_paused = True
         seconds = world.timeline.random.choice((0.3, 2.0, 6.0))
         world.timeline.note(client.name, f"stands still for {seconds:.2f} s")
+        if seconds > CONFIG.session_ttl_s:
+            client.may_be_forgotten()
         world.timeline.after(seconds, _resume, client)
 
 
@@ -128,6 +131,9 @@ def partition(world: "World") -> None:
     seconds = random.choice((0.2, 1.0, 3.0, 7.0))
     world.timeline.note("network", f"{name} is cut off {'+'.join(directions)} for {seconds:.1f} s")
     world.network.block(name, directions)
+    if seconds > CONFIG.session_ttl_s:
+        for client in (user.clients[name] for user in world.users if name in user.clients):
+            client.may_be_forgotten()
     world.timeline.after(seconds, world.network.unblock, name)
 
 

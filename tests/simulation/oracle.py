@@ -48,6 +48,7 @@ class Oracle:
         self._names: dict[bytes, Name] = {}
         self._before: set[Name] = set()
         self._is_durable: set[Name] = set()
+        self._refused: set[bytes] = set()
         self._deadlines: dict[bytes, float] = {}
         self._starts: defaultdict[bytes, int] = defaultdict(int)
         self._said: defaultdict[bytes, set[str]] = defaultdict(set)
@@ -91,7 +92,9 @@ class Oracle:
         now = self._timeline.now
         if isinstance(message, p.Submit):
             name = (principal, message.key or message.id)
-            if message.id not in self._names and name in self._before and name not in self._is_durable and name in self.tasks:
+            is_new = message.id not in self._names or message.id in self._refused
+            self._refused.discard(message.id)
+            if is_new and name in self._before and name not in self._is_durable and name in self.tasks:
                 self.tasks[name].is_forgotten = True
             self._names[message.id] = name
             if message.is_durable:
@@ -126,6 +129,8 @@ class Oracle:
         """What the core asks to be sent."""
         if isinstance(message, p.Results):
             self._note_own_ends(message)
+        elif isinstance(message, p.Refused):
+            self._refused.add(message.id)
         if not isinstance(message, p.Assign):
             return
         rows = [bytes(block.row(0, i)) for block in message.blocks for i in range(block.num_rows)]

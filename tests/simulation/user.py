@@ -36,11 +36,11 @@ class User:
         """A client ends; what was durable is asked for by the next one, or again by the other one."""
         del self.clients[client.name]
         left = list(client.tasks)
+        client.may_be_forgotten()
         client.end(is_gentle)
         for task in sorted(left, key=lambda task: task.number):
             others = any(task in other.tasks for other in self.clients.values())
-            if not task.options.is_durable:  # it ends with its client
-                task.is_spoiled = True
+            if not task.options.is_durable:
                 task.is_given_up = task.is_given_up or not others
         self.world.timeline.after(away_s, self._replace)
 
