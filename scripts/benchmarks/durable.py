@@ -45,7 +45,8 @@ def _rate(ps: Any, kernel: str, inputs: dict[str, Any], seconds: float) -> float
 def measure(num_pairs: int = 5, seconds: float = 2.0, max_tasks: int = 100_000) -> dict[str, Any]:
     """Pairs of rates, then restarts with up to `max_tasks` queued."""
     x = np.random.default_rng(0).standard_normal(1024).astype(np.float32)
-    loads = {"": ("affine", {"x": x}), ", 1 ms tasks": ("nap.32", {"seconds": 0.001})}
+    nap = {"seconds": 0.001}
+    loads = {"": ("affine", {"x": x}), ", 1 ms tasks": ("nap.1", nap), ", 32 tasks in 1 ms": ("nap.32", nap)}
     ratios: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
     naps = ("--kernels", str(Path(__file__).with_name("nap_kernels.py")))
@@ -105,7 +106,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     for name, value in result["median"].items():
         goal = GOALS.get(name)
         note = "" if goal is None else f"   goal at least {goal}: {'met' if value >= goal else 'NOT MET'}"
-        made.append(f"{name:34s} {value:12,.2f}{note}")
+        made.append(f"{name:39s} {value:12,.2f}{note}")
     for name, seconds in result["restart_s"].items():
         goal = RESTART_GOALS_S[int(name.split()[0])]
         made.append(f"ready with {name:23s} {seconds:12.2f} s   goal {goal:g} s: {'met' if seconds <= goal else 'NOT MET'}")
