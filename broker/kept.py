@@ -6,6 +6,7 @@ Does not know when something is written, nor where.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from sys import intern
 
 import msgpack
 
@@ -172,6 +173,7 @@ def _read(found: dict[int, Kept], put: Put) -> None:
         submit = decode(FROM_CLIENT, put.frames[1:], MAX_RECORD_BYTES)
         if not isinstance(submit, Submit):
             raise ValueError("a task without its submission")
+        principal, client = intern(principal), intern(client)  # one of each, not a million
         found[put.task] = Kept(put.task, principal, client, submit, float(accepted_at), deadline)
         return
     if put.kind == SAVED:
