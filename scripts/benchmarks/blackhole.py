@@ -4,6 +4,7 @@ The far host is a network namespace, the cable a pair of virtual interfaces. A d
 hardware address for the other end: packets leave and nobody takes them. Needs root and `ip`.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -28,14 +29,19 @@ def why_not() -> str:
 
 
 class Cable:
-    """A context manager. `near` and `far` are the addresses of its ends; `inside` goes before a command for the far host."""
+    """A context manager. `near` and `far` are the addresses of its ends; `inside` goes before a command for the far host.
+
+    A process may have four at once.
+    """
+
+    _numbers = itertools.cycle(range(4))
 
     def __init__(self) -> None:
-        number = os.getpid() % 16_000
-        base = f"10.{192 + number // 4096}.{number // 16 % 256}.{number % 16 * 16}"
-        net, _, last = base.rpartition(".")
-        self.near, self.far = f"{net}.{int(last) + 1}", f"{net}.{int(last) + 2}"
-        self._name, self._here, self._there = f"ps-{os.getpid()}", f"psn{os.getpid()}", f"psf{os.getpid()}"
+        number, mine = os.getpid() % 16_000, next(self._numbers)
+        net, first = f"10.{192 + number // 4096}.{number // 16 % 256}", number % 16 * 16 + 4 * mine
+        self.near, self.far = f"{net}.{first + 1}", f"{net}.{first + 2}"
+        name = f"{os.getpid()}{'abcd'[mine]}"
+        self._name, self._here, self._there = f"ps-{name}", f"psn{name}", f"psf{name}"
         self.inside = ["ip", "netns", "exec", self._name]
 
     def __enter__(self) -> "Cable":
