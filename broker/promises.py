@@ -47,7 +47,7 @@ class Promises:
         if writes and store is not None:
             self._ticket = store.append(writes)
         is_safe = store is None or self._ticket <= store.committed
-        lost = set[Address]()
+        lost: set[Address] = set()  # never `set[Address]()` where it is hot: that builds the alias each time
         for action in actions:
             if lost and (action.side, action.route) in lost:
                 continue

@@ -89,9 +89,7 @@ class Link:
                 frames = session.take(now) if events & _POLLOUT else None
                 if frames is None:
                     break
-                if not _send(socket, frames):
-                    break
-                if ARMED:
+                if _send(socket, frames) and ARMED:
                     hit_message("client.sent", session.taken)
             session.can_send = bool(events & _POLLOUT)
             self.due = session.next_deadline()

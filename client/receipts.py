@@ -18,25 +18,23 @@ MAX_ASKED: Final = 8
 class Receipts:
     """`received` is the last number that was acted upon; messages up to it are dropped when they come again."""
 
-    __slots__ = ("_acked", "_gap_at", "_held_from", "_num_asked", "_unacked_bytes", "received")
+    __slots__ = ("_acked", "_held_from", "_num_asked", "_unacked_bytes", "received")
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """A new session on the broker's side: it counts from 1 again."""
-        self.received = self._acked = self._unacked_bytes = self._gap_at = self._num_asked = 0
+        self.received = self._acked = self._unacked_bytes = self._num_asked = 0
         self._held_from: int | None = None
 
     def note(self, seq: int, frames: Sequence[Buffer], is_shared: bool) -> None:
         """This message is acted upon; `is_shared`: some of it lay in memory that its owner waits for."""
-        self.received = seq
+        self.received, self._num_asked = seq, 0
         self._unacked_bytes += ACK_BYTES if is_shared else sum(map(len, frames))
 
-    def may_ask(self) -> bool:
+    def asks_again(self) -> bool:
         """Something is missing after `received`: whether to ask for it once more."""
-        if self._gap_at != self.received + 1:
-            self._gap_at, self._num_asked = self.received + 1, 0
         self._num_asked += 1
         return self._num_asked <= MAX_ASKED
 

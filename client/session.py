@@ -242,7 +242,7 @@ class Session:
         received = self._receipts.received
         if seq <= received or self.connection.state == GREETING:
             return False
-        if self._receipts.may_ask():
+        if self._receipts.asks_again():
             log.warning("message %d came after %d; asking for what is missing", seq, received)
             self._greet(now)
             return False

@@ -303,7 +303,6 @@ class Session:
 
     def _forget(self) -> None:
         self.outbox.clear()
-        self._rest = []
         if self.work is not None:
             self.work.forget()
 

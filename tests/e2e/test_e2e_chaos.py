@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -58,10 +59,19 @@ def test_a_long_run_with_all_faults() -> None:
     assert numbers["dead (poison)"] > 0, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests that run in the background ignore SIGINT, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_nothing_is_left_when_it_is_ended(number: int) -> None:
     """SIGKILL leaves the folder, and what needs root is left out here: nobody could take that away."""
-    faults = "kill,stop,partition,disk" if number == signal.SIGTERM else "kill,stop"
+    faults = "kill,stop,partition,disk" if number == signal.SIGINT else "kill,stop"
     started = command("--minutes", "5", "--seed", "1", "--faults", faults)
     with subprocess.Popen(started, env=env(), stdout=subprocess.PIPE, text=True, process_group=0) as process:
         try:
